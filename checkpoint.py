@@ -1,0 +1,196 @@
+"""checkpoint.py - a run that survives: its folder, its state, and how it goes on bit for bit.
+
+What is saved, in <out>/checkpoint-<step>/: the model as an ordinary Hugging Face folder (fp32 safetensors) and state.pt with the EMA, the
+optimizer, the step (which is the schedule and the data cursor, both pure functions of it), every random state, and the settings.
+A folder is written under another name, flushed to disk and renamed: it is there whole or not at all. state.pt is read with
+weights_only=True: nothing is unpickled that could run code.
+
+Not like the official code: the EMA teacher is in it (there a resumed run starts again with the base as its teacher).
+Depends on config.py, ema.py (through the run it is given).   Try it:  python -m pytest tests/test_resume.py -q
+"""
+
+import errno
+import json
+import os
+import random
+import re
+import shutil
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from config import SETTINGS, Config, saved_settings
+
+
+def claim(cfg: Config) -> Path:
+    """Make --out this run's folder. Raises ValueError if it holds another run, or if a checkpoint cannot fit."""
+    out = Path(cfg.out)
+    if (out / SETTINGS).exists() and not cfg.resume:
+        raise ValueError(f"--out {out} holds another run: add --resume to go on with it, or choose another folder")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; choose a folder")
+    if cfg.resume and not (out / SETTINGS).exists():
+        raise ValueError(f"--resume: {out} holds no run; check --out, or start without --resume")
+    if cfg.resume:
+        check_same(out, cfg)
+    out.mkdir(parents=True, exist_ok=True)
+    for leftover in out.glob(".writing-*"):  # a save that was killed half way
+        shutil.rmtree(leftover, ignore_errors=True)
+    return out
+
+
+# Settings that may change at --resume: they alter what is watched or where it runs, not what is computed.
+FREE = {"resume", "out", "save_every", "sample_every"}
+
+
+def check_same(out: Path, cfg: Config) -> None:
+    """Refuse to go on under other settings: the log would be of two runs. Raises ValueError naming the first that differs."""
+    saved = saved_settings(str(out))
+    for name, value in asdict(cfg).items():
+        if name not in FREE and name in saved and saved[name] != value:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} is {value!r} here and {saved[name]!r} in {out}: leave it out to go on with that run, or choose another --out")
+
+
+def room_for(out: Path, parameters: int) -> None:
+    """Raises ValueError if two checkpoints (the old one goes only when the new one stands) do not fit on the disk."""
+    need, free = 2 * 4 * 4 * parameters + 50_000_000, shutil.disk_usage(out).free  # weights, EMA and two Adam moments in fp32
+    if free < need:
+        raise ValueError(f"--out {out}: {free / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed for checkpoints; free space, or choose another disk")
+
+
+@contextmanager
+def disk(what: str):
+    """Turn a full disk into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RuntimeError(f"the disk is full: {what} was not written; the last checkpoint is whole, so free space and go on with --resume") from error
+
+
+def write_json(path: Path, value) -> None:
+    """Written under another name, then renamed: never half a file."""
+    new = path.with_name(path.name + ".new")
+    with disk(path.name):
+        new.write_text(json.dumps(value, indent=1) + "\n")
+        os.replace(new, path)
+
+
+def save_model(run, folder: Path) -> None:
+    run.lm.model.save_pretrained(folder)
+    run.lm.tokenizer.save_pretrained(folder)
+
+
+def save(run) -> Path:
+    """Write checkpoint-<step>, then remove the older ones."""
+    out = Path(run.cfg.out)
+    new, final = out / f".writing-{run.step}", out / f"checkpoint-{run.step}"
+    try:
+        with disk(final.name):
+            save_model(run, new)
+            torch.save(state_of(run), new / "state.pt")
+            for file in new.iterdir():
+                with file.open("rb") as f:
+                    os.fsync(f.fileno())
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(new, final)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    for old in all_checkpoints(out)[:-1]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def state_of(run) -> dict:
+    """All of a run but its weights."""
+    legacy = np.random.get_state()
+    return {
+        "settings": asdict(run.cfg),
+        "step": run.step,
+        "cursor": run.step * run.cfg.batch,
+        "optimizer": run.optimizer.state_dict(),
+        "ema": run.average.state_dict() if run.average else None,
+        "rng": {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "python": random.getstate(),
+            "numpy": (legacy[0], legacy[1].tolist(), *legacy[2:]),
+        },
+    }
+
+
+def all_checkpoints(out: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [p for p in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and (p / "state.pt").exists()]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def restore(run) -> None:
+    """Put the last checkpoint's state into a freshly built run, and cut the log back to it. Without a checkpoint, start over from step 0."""
+    out = Path(run.cfg.out)
+    found = all_checkpoints(out)
+    if found:
+        state = torch.load(found[-1] / "state.pt", map_location=run.lm.device, weights_only=True)
+        weights = type(run.lm.model).from_pretrained(found[-1], dtype=torch.float32).state_dict()
+        run.lm.model.load_state_dict(weights)
+        run.optimizer.load_state_dict(state["optimizer"])
+        if run.average:
+            run.average.load_state_dict(state["ema"])
+        run.step = state["step"]
+        rng = state["rng"]
+        torch.set_rng_state(rng["torch"].cpu())
+        if torch.cuda.is_available() and rng["cuda"]:
+            torch.cuda.set_rng_state_all([s.cpu() for s in rng["cuda"]])
+        random.setstate((rng["python"][0], tuple(rng["python"][1]), rng["python"][2]))
+        np.random.set_state((rng["numpy"][0], np.array(rng["numpy"][1], dtype=np.uint32), *rng["numpy"][2:]))
+    cut_log(out / "log.jsonl", run.step)
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Forget the rows after `step`, and a last line that was cut by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row["step"] <= step:
+            kept.append(line)
+    new = path.with_name("log.jsonl.new")
+    new.write_text("".join(line + "\n" for line in kept))
+    os.replace(new, path)
+
+
+def save_final(run) -> None:
+    """The trained model, loadable as --model <out>; the checkpoints have served. settings.json stays: the folder is taken."""
+    out = Path(run.cfg.out)
+    new = out / ".writing-final"
+    with disk("the trained model"):
+        save_model(run, new)
+        for file in new.iterdir():
+            os.replace(file, out / file.name)
+        new.rmdir()
+
+
+def save_bad_batch(run, batch, loss: float, norm: float) -> str:
+    """Keep the batch that broke the loss, so it can be looked at. -> the message to raise with."""
+    path = Path(run.cfg.out) / f"bad-batch-step{run.step + 1}.json"
+    tok = run.lm.tokenizer
+    rows = [
+        {"prompt": tok.decode(s), "teacher": tok.decode(t), "ids": ids[m.bool()].tolist(), "completion": tok.decode(ids[m.bool()])}
+        for s, t, ids, m in zip(batch.student, batch.teacher, batch.ids, batch.mask, strict=True)
+    ]
+    write_json(path, {"step": run.step + 1, "loss": repr(loss), "grad_norm": repr(norm), "settings": asdict(run.cfg), "rows": rows})
+    return (
+        f"step {run.step + 1}: the loss is {loss} and the gradient norm {norm}; the weights were not updated. The batch is in {path}. "
+        "Try a lower --lr, a --clip, or --dtype fp32, and go on from the last checkpoint with --resume in a copy of the folder"
+    )

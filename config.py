@@ -1,0 +1,184 @@
+"""config.py - every setting, once: this dataclass is the command line, the record in a checkpoint and the documentation.
+
+What: `Config` adds to unisd.Mechanisms all that a run needs. `RECIPES` are the rows of the paper's table and the baselines, each a few
+overrides of it: there is no code behind a recipe's name, so mechanisms compose by flags on any of them:
+
+    python train.py --recipe ema --clip 2.0
+
+Order of precedence: the dataclass < PRESETS (what the model needs) < RECIPES < flags given by hand.
+Not like the official code: one layer of defaults instead of four, no flag that is parsed and then ignored, and settings that contradict each
+other or can have no effect are refused, or warned about, by name and with the fix, before anything is loaded.
+
+Depends on unisd.py (for Mechanisms).   Try it:  python train.py --help
+"""
+
+import argparse
+import json
+import math
+import warnings
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from losses import LN2
+from unisd import Mechanisms, opt
+
+# Each row is what differs from plain on-policy self-distillation ("sd"). Values are the paper's where it gives them.
+RECIPES: dict[str, dict] = {
+    "raw": dict(steps=0),
+    "sft": dict(on_policy=0.0, w_div=0.0, w_nll=1.0),
+    "ssd": dict(sampler="base", temperature=1.2, w_div=0.0, w_nll=1.0),
+    "sd": dict(),
+    "agree-token": dict(agreement="token"),
+    "agree-seq": dict(agreement="sequence"),
+    "ema": dict(teacher="ema"),
+    "contrast": dict(w_contrast=0.1),
+    "match": dict(w_match=0.1),
+    "match-repr": dict(w_div=0.0, w_match=1.0),
+    "clip": dict(clip=10.0),
+    "unisd-star": dict(teacher="ema", ema_decay=0.98, agreement="token", w_contrast=0.01, margin=0.1, w_match=0.01),
+}
+
+# What a model of this size needs, whatever the recipe. "auto" takes tiny for --model tiny and real for everything else.
+PRESETS: dict[str, dict] = {
+    "tiny": dict(lr=1e-3, steps=240, batch=48, micro_batch=48, gamma=1.0, temperature=1.0, max_new_tokens=40),
+    "real": dict(),
+}
+
+
+@dataclass
+class Config(Mechanisms):
+    """One run. Field order is the order of --help."""
+
+    model: str = opt("tiny", "short name (tiny, Qwen2.5-0.5B, ...), hub id, or folder")
+    data: str = opt("tiny", "what to learn: tiny")
+    recipe: str = opt("unisd-star", "a row of the paper's table: a few overrides of these settings", tuple(RECIPES))
+    preset: str = opt("auto", "settings for a model size; auto picks by --model", ("auto", *PRESETS))
+    seed: int = opt(0, "seeds the data order, the sampling and the dropout")
+    out: str = opt("", "folder for log, curves, checkpoints and summary ('' = runs/<recipe>-seed<seed>)")
+    resume: bool = opt(False, "go on from the last checkpoint in --out, bit for bit")
+    # --- the teacher
+    teacher: str = opt("frozen", "frozen = the model as it was; ema = slow average, eq. 3; live = the student itself", ("frozen", "ema", "live"))
+    ema_decay: float = opt(0.9, "share of the old teacher kept at each update")
+    ema_every: int = opt(10, "optimizer steps between two EMA updates")
+    contexts: int = opt(3, "K: how many contexts the agreement compares")
+    demos: int = opt(1, "solved examples in each context")
+    # --- sampling
+    on_policy: float = opt(1.0, "share of the steps trained on the student's own answers; the others use the references")
+    sampler: str = opt("student", "who writes the answers: the student, or the frozen base model", ("student", "base"))
+    temperature: float = opt(0.7, "sampling temperature; has no effect on the loss")
+    max_new_tokens: int = opt(1024, "longest answer")
+    max_prompt_tokens: int = opt(3072, "longest prompt; a longer reference is cut, never the question")
+    # --- optimisation
+    steps: int = opt(300, "optimizer steps")
+    batch: int = opt(64, "prompts per optimizer step")
+    micro_batch: int = opt(4, "sequences per forward and backward; bounds memory, never changes the result")
+    sample_batch: int = opt(64, "prompts sampled together")
+    lr: float = opt(2e-5, "peak learning rate, AdamW")
+    warmup: float = opt(0.1, "share of the steps with a rising learning rate; then cosine to 0")
+    weight_decay: float = opt(0.0, "AdamW weight decay")
+    grad_norm: float = opt(1.0, "the gradient is scaled down to this norm")
+    grad_checkpointing: bool = opt(False, "recompute activations in the backward: less memory, about a third more time")
+    device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
+    dtype: str = opt("auto", "matmul precision; weights and optimizer stay fp32", ("auto", "fp32", "bf16"))
+    # --- data
+    wrong_references: float = opt(0.0, "tiny world: share of training questions whose reference is wrong")
+    train_size: int = opt(4000, "tiny world: number of distinct training questions")
+    # --- watching
+    eval_size: int = opt(100, "held-out questions per family, before and after")
+    teacher_every: int = opt(40, "steps between two measurements of the teacher's accuracy with the reference (0 = never)")
+    sample_every: int = opt(40, "steps between two printed samples (0 = never)")
+    save_every: int = opt(60, "steps between two checkpoints (0 = only at the end)")
+
+
+def parse(argv: list[str] | None = None) -> Config:
+    """The command line -> a checked Config. Unknown flags and recipes exit with code 2 and say what exists."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Improve a model with its own answers, re-read with a reference in view (UniSD).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    own = list(Config.__annotations__)
+    for f in sorted(fields(Config), key=lambda f: (f.name not in own, own.index(f.name) if f.name in own else 0)):
+        kind = {"int": int, "float": float, "str": str, "bool": bool}[f.type if isinstance(f.type, str) else f.type.__name__]
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, choices=f.metadata["choices"] or None)
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"], **how)
+    first = parser.parse_args(argv)
+    # A resumed run goes on under its own settings; what is given by hand on top is compared with them (checkpoint.check_same).
+    saved = saved_settings(first.out) if first.resume else {}
+    known = {f.name for f in fields(Config)}
+    parser.set_defaults(**({k: v for k, v in saved.items() if k in known} or layers(first.model, first.preset, first.recipe)))
+    cfg = Config(**vars(parser.parse_args(argv)))
+    try:
+        return check(cfg)
+    except ValueError as error:
+        parser.exit(2, f"train.py: {error}\n")
+
+
+def layers(model: str, preset: str, recipe: str) -> dict:
+    """The overrides that a model, a preset and a recipe bring, later ones winning."""
+    if preset == "auto":
+        preset = "tiny" if model == "tiny" else "real"
+    return PRESETS[preset] | RECIPES[recipe]
+
+
+def make(recipe: str = "unisd-star", **overrides) -> Config:
+    """The Config of a recipe from Python, for tests, notebooks and studies: make("ema", clip=2.0)."""
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe {recipe!r} does not exist; there are {', '.join(RECIPES)}")
+    given = layers(overrides.get("model", "tiny"), overrides.get("preset", "auto"), recipe) | overrides
+    return check(Config(recipe=recipe, **given))
+
+
+def check(cfg: Config) -> Config:
+    """Refuse what contradicts itself (ValueError naming the flag and the fix) and warn about what can have no effect."""
+
+    def refuse(bad: bool, message: str):
+        if bad:
+            raise ValueError(message)
+
+    def inside(name: str, low: float, high: float, strict: bool = False):
+        value = getattr(cfg, name)
+        flag = "--" + name.replace("_", "-")
+        ok = low < value < high if strict else low <= value <= high
+        refuse(not ok, f"{flag} {value} is outside {'(' if strict else '['}{low}, {high}{')' if strict else ']'}")
+
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        flag = "--" + f.name.replace("_", "-")
+        refuse(isinstance(value, float) and not math.isfinite(value), f"{flag} is {value}; it must be a finite number")
+        choices = f.metadata["choices"]
+        refuse(bool(choices) and value not in choices, f"{flag} {value!r} does not exist; choose from {', '.join(map(str, choices))}")
+        refuse(isinstance(value, int | float) and value < 0, f"{flag} {value} is negative; 0 switches a setting off")
+    for name in ("batch", "micro_batch", "sample_batch", "max_new_tokens", "chunk", "max_tokens_per_pass", "ema_every", "eval_size"):
+        refuse(getattr(cfg, name) < 1, f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("on_policy", "wrong_references", "clip_quantile", "warmup"):
+        inside(name, 0.0, 1.0)
+    for name in ("distill_temperature", "agreement_temperature", "temperature"):
+        refuse(getattr(cfg, name) == 0, f"--{name.replace('_', '-')} must be above 0 (evaluation is greedy; training samples)")
+    refuse(not (cfg.w_div or cfg.w_nll or cfg.w_match or cfg.w_contrast), "every weight is 0 (--w-div, --w-nll, --w-match, --w-contrast): there is nothing to minimise")
+    if cfg.divergence == "jsd":
+        refuse(not 0 < cfg.alpha < 1, f"--alpha {cfg.alpha} must lie strictly between 0 and 1 for --divergence jsd (at both ends the JSD is zero); use --divergence forward or reverse")
+        if cfg.clip >= LN2:
+            warnings.warn(f"--clip {cfg.clip} can never act: a JSD is at most ln 2 = {LN2:.3f}; set it below that, or use --divergence forward", stacklevel=2)
+    refuse(bool(cfg.clip and cfg.clip_quantile), "--clip and --clip-quantile are two ceilings for one divergence: set one of them to 0")
+    refuse(cfg.agreement != "none" and cfg.contexts < 1, "--agreement needs at least one context: set --contexts 3, or --agreement none")
+    refuse(
+        cfg.agreement != "none" and cfg.contexts == 1,
+        f"--contexts 1 with --stat {cfg.stat}: {'the variance of one reading is undefined' if cfg.stat == 'var' else 'the range of one reading is always 0'}; set --contexts 2 or more, or --agreement none",
+    )
+    refuse(cfg.teacher == "ema" and not 0 < cfg.ema_decay < 1, f"--ema-decay {cfg.ema_decay}: 1 never moves and 0 is the student itself; use a value between, or --teacher frozen or live")
+    if cfg.agreement != "none" and not cfg.w_div:
+        warnings.warn("--agreement has no effect: it weighs the divergence, and --w-div is 0", stacklevel=2)
+    if cfg.steps and cfg.teacher == "ema" and cfg.steps < cfg.ema_every:
+        warnings.warn(f"the EMA teacher never moves: {cfg.steps} steps are fewer than --ema-every {cfg.ema_every}", stacklevel=2)
+    return cfg
+
+
+SETTINGS = "settings.json"  # in --out; config.json there is the model's
+
+
+def saved_settings(out: str) -> dict:
+    """The settings of the run in `out`; {} if there is none."""
+    path = Path(out) / SETTINGS
+    return json.loads(path.read_text()) if out and path.exists() else {}

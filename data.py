@@ -1,0 +1,104 @@
+"""data.py - one question with what is known about it, and the prompts made of it.
+
+What: `Example` is one training or test question; `Task` is a set of them with its prompt wording and its scorer; `encode` turns an example
+into the token ids of every prompt under which an answer is sampled or re-read:
+
+    student    question                          teacher    question + reference
+    negative   question + wrong reference        context k  demonstrations + question (+ reference)
+
+All four share one wording, so a teacher cannot be told from another by format, only by content (in the official code the wrong reference
+comes in another template than the right one, so a margin can be earned from punctuation).
+
+Depends on nothing of ours.   Try it:  python -m pytest tests/test_data.py -q
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question. The student sees `question`; only teachers see `reference` and `negative`; only the scorer sees `answer`."""
+
+    task: str  # the family or benchmark: which scorer judges it, which row of the table it is counted in
+    question: str  # the whole user message, options and format instructions included
+    reference: str  # the privileged worked solution, and SFT's target
+    answer: Any = None  # what the scorer compares with
+    negative: str = ""  # a plausible *wrong* reference, verified wrong, in the reference's own template
+    target: str = ""  # what SFT imitates ("" = the reference)
+    demo: str = ""  # how this example is answered when it serves as a demonstration ("" = its reference)
+
+    def __post_init__(self):
+        if not self.question.strip() or not self.reference.strip():
+            raise ValueError(f"an example of task {self.task!r} has an empty question or reference")
+
+
+@dataclass(frozen=True)
+class Wording:
+    """The words around an example. Fields in braces are filled; every benchmark shares these, the tiny world has its own short ones."""
+
+    teacher: str = (
+        "{question}\n\n[Reference solution]\n{reference}\n[End of reference]\n\n"
+        "Study the reference, then solve the task yourself, in your own words and in the format that the task asks for."
+    )
+    demo: str = "[Solved example]\n{question}\n{answer}\n[End of example]"
+    context: str = "{demos}\n\nNow your task, which is another one:\n\n{question}"
+
+
+@dataclass
+class Task:
+    """What is trained on and how it is judged. `score(examples, completions)` -> one dict each with at least correct and abstained."""
+
+    name: str
+    train: list[Example]
+    test: list[Example]
+    score: Callable[[Sequence[Example], Sequence[str]], list[dict]]
+    ood: list[Example] = field(default_factory=list)  # harder, out-of-distribution test questions
+    wording: Wording = field(default_factory=Wording)
+    max_new_tokens: int = 1024
+
+    def fingerprint(self) -> str:
+        """A hash of the training and test examples in order: equal hashes mean the same data, whatever the recipe."""
+        rows = [[asdict(e) for e in part] for part in (self.train, self.test, self.ood)]
+        return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def chat_ids(tokenizer, message: str) -> list[int]:
+    """A user message as prompt ids, ending in the assistant header. "Thinking" templates are switched off, in training and evaluation alike."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has the special tokens already
+
+
+def teacher_message(wording: Wording, question: str, reference: str) -> str:
+    return wording.teacher.format(question=question, reference=reference)
+
+
+def context_message(wording: Wording, example: Example, demos: Sequence[Example], with_reference: bool) -> str:
+    """Demonstrations of *other* questions, then the task, with or without its reference."""
+    shown = "\n\n".join(wording.demo.format(question=d.question, answer=d.demo or d.reference) for d in demos)
+    own = teacher_message(wording, example.question, example.reference) if with_reference else example.question
+    return wording.context.format(demos=shown, question=own)
+
+
+def fit_prompt(tokenizer, build: Callable[[str], str], reference: str, limit: int) -> tuple[list[int], int]:
+    """Prompt ids of build(reference), the *reference* shortened from its end until the prompt has at most `limit` tokens.
+
+    -> (ids, how many reference tokens were cut). The question and the assistant header are never cut: raises ValueError if they alone
+    are too long. (Cutting token lists from either side loses one or the other, silently.)
+    """
+    ids = chat_ids(tokenizer, build(reference))
+    if len(ids) <= limit:
+        return ids, 0
+    tokens = tokenizer(reference, add_special_tokens=False)["input_ids"]
+    keep = len(tokens)
+    while len(ids) > limit and keep > 0:
+        keep = max(0, keep - (len(ids) - limit))
+        ids = chat_ids(tokenizer, build(tokenizer.decode(tokens[:keep])))
+    if len(ids) > limit:
+        raise ValueError(f"a question of {len(ids)} tokens without its reference is over the limit of {limit}: raise --max-prompt-tokens")
+    return ids, len(tokens) - keep

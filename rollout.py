@@ -1,0 +1,192 @@
+"""rollout.py - a model that answers: load it, sample from it, and know where an answer ends.
+
+What: on-policy completions y ~ p_student(. | x). Sampling is the library's job (Hugging Face `generate` with its KV cache); what is ours is
+the part that is easy to get wrong:
+  - the completion mask is 1 up to and *including* the first end-of-text token, whatever the pad token is. `ids != pad` would unlearn stopping
+    for every model whose pad token is its end token.
+  - *every* end-of-text id counts, those of the generation config included (Gemma ends a turn with an id its tokenizer does not call eos).
+  - a hub model's own sampling defaults (top-p, repetition penalty) are switched off: they would make the samples off-policy.
+  - padded vocabulary is never sampled.
+
+Depends on torch and transformers.   Try it:  python -m pytest tests/test_rollout.py -q
+Shapes: B prompts, T new tokens.
+"""
+
+import json
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+TINY = Path(__file__).parent / "assets" / "tiny-base"
+SHORT = {  # short names; the id they stand for is printed and saved
+    "tiny": str(TINY),
+    "Qwen2.5-0.5B": "Qwen/Qwen2.5-0.5B-Instruct",
+    "Qwen2.5-1.5B": "Qwen/Qwen2.5-1.5B-Instruct",
+    "Qwen2.5-3B": "Qwen/Qwen2.5-3B-Instruct",
+    "Qwen2.5-7B": "Qwen/Qwen2.5-7B-Instruct",
+    "Llama-3.1-8B": "meta-llama/Llama-3.1-8B-Instruct",
+    "gemma-3-4b": "google/gemma-3-4b-it",
+}
+
+
+@dataclass
+class Loaded:
+    """A model that is ready to answer. `vocab` is the tokenizer's size: embeddings beyond it are padding and never get mass."""
+
+    model: nn.Module
+    tokenizer: object
+    eos: list[int]
+    vocab: int
+    name: str  # the resolved hub id or folder
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def context(self) -> int:
+        """The longest sequence the model takes."""
+        return self.model.config.get_text_config().max_position_embeddings
+
+
+def completion_mask(ids: Tensor, eos: list[int]) -> Tensor:
+    """1 up to and including the first end-of-text id, 0 after it. (B, T) -> (B, T). The pad id plays no part."""
+    is_eos = torch.isin(ids, torch.tensor(eos, device=ids.device, dtype=ids.dtype))
+    return (is_eos.long().cumsum(1) - is_eos.long() == 0).long()  # was an end seen strictly *before* this position?
+
+
+def left_pad(prompts: list[list[int]], device) -> tuple[Tensor, Tensor]:
+    """Prompts of any lengths -> ids and mask, (B, longest) each. On the left, so that every next token is the last column's."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return ids, mask
+
+
+def generate(
+    lm: Loaded, prompts: list[list[int]], max_new_tokens: int, temperature: float, batch_size: int = 256
+) -> tuple[Tensor, Tensor]:
+    """Sample (temperature > 0) or decode greedily (0). -> ids, mask (B, T), T the longest answer; ids after the end are the pad id.
+
+    Rows are answered in batches of similar prompt length; the order of the results is that of `prompts`.
+    Raises ValueError if a prompt and its answer do not fit the model's context.
+    """
+    longest = max(map(len, prompts))
+    if longest + max_new_tokens > lm.context:
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the model's context of {lm.context}: "
+            "lower --max-new-tokens, or shorten the prompts with --max-prompt-tokens"
+        )
+    pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.eos[0]
+    how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature > 0 else dict(do_sample=False)
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=lm.eos, pad_token_id=pad, use_cache=True, **how)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    rows: dict[int, Tensor] = {}
+    with torch.no_grad(), answering(lm.model, config):
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            ids, mask = left_pad([prompts[i] for i in batch], lm.device)
+            out = lm.model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([OnlyReal(lm.vocab)])
+            )
+            rows.update(zip(batch, out[:, ids.shape[1] :], strict=True))
+    width = max(len(r) for r in rows.values())
+    ids = torch.full((len(prompts), width), pad, device=lm.device)
+    for i, r in rows.items():
+        ids[i, : len(r)] = r
+    mask = completion_mask(ids, lm.eos)
+    # A batch that ended early leaves pad ids in rows cut by max_new_tokens too; only tokens that were generated may count.
+    written = torch.tensor([len(rows[i]) for i in range(len(prompts))], device=lm.device)
+    return ids, mask * (torch.arange(width, device=lm.device) < written.unsqueeze(1))
+
+
+class OnlyReal(LogitsProcessor):
+    """Padded vocabulary (Qwen2.5's table is larger than its tokenizer) is masked to -inf."""
+
+    def __init__(self, vocab: int):
+        self.vocab = vocab
+
+    def __call__(self, input_ids, scores):
+        if scores.shape[-1] > self.vocab:
+            scores[:, self.vocab :] = -torch.inf
+        return scores
+
+
+@contextmanager
+def answering(model: nn.Module, config: GenerationConfig):
+    """Evaluation mode (no dropout, no gradient checkpointing, which would forbid the KV cache), and no sampling defaults of the hub's.
+
+    The model's own generation config is set aside, not only overridden: `generate` fills what a given config leaves at its default from
+    the model's, so Qwen's top_p and repetition penalty would come back in.
+    """
+    was_training, own = model.training, model.generation_config
+    model.eval()
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+        model.train(was_training)
+
+
+def decode(lm: Loaded, ids: Tensor, mask: Tensor) -> list[str]:
+    """The text of each completion, without end-of-text and padding."""
+    return [lm.tokenizer.decode(row[m.bool()], skip_special_tokens=True).strip() for row, m in zip(ids, mask, strict=True)]
+
+
+def end_ids(model: nn.Module, tokenizer) -> list[int]:
+    """Every id that ends an answer: the tokenizer's and all of the generation config's."""
+    ids = []
+    for source in (getattr(model, "generation_config", None), tokenizer):
+        found = getattr(source, "eos_token_id", None)
+        ids += found if isinstance(found, list) else [] if found is None else [found]
+    return list(dict.fromkeys(ids))
+
+
+def turn_end(lm: Loaded) -> int:
+    """The id that the chat template itself puts after an assistant's answer: the end that a reference is trained with."""
+    turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    ids = lm.tokenizer(lm.tokenizer.apply_chat_template(turn, tokenize=False), add_special_tokens=False)["input_ids"]
+    return next((i for i in reversed(ids) if i in lm.eos), lm.eos[0])
+
+
+def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Loaded:
+    """A short name, a hub id or a folder -> a model ready to answer. Raises ValueError with the fix if it cannot serve.
+
+    Code from the hub is never run, and weights are read from safetensors only: nothing is unpickled.
+    """
+    where = SHORT.get(name, name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise ValueError(explain_missing(name, where, error)) from error
+    eos, vocab, rows = end_ids(model, tokenizer), len(tokenizer), model.get_input_embeddings().weight.shape[0]
+    if not tokenizer.chat_template:
+        raise ValueError(f"--model {name}: its tokenizer has no chat template; use an instruct model, or set tokenizer.chat_template and save it")
+    if rows < vocab:
+        raise ValueError(f"--model {name}: {rows} embeddings but {vocab} tokens in the tokenizer; call model.resize_token_embeddings({vocab}) and save it")
+    if not eos:
+        raise ValueError(f"--model {name}: no end-of-text id in its tokenizer or generation config, so an answer would never end; set eos_token_id")
+    return Loaded(model.to(device), tokenizer, eos, vocab, where)
+
+
+def explain_missing(name: str, where: str, error: Exception) -> str:
+    """One line for the usual reasons why a model cannot be loaded."""
+    text = str(error)
+    if os.path.isdir(where):
+        return f"--model {name}: the folder {where} does not hold a usable Hugging Face checkpoint ({text.splitlines()[0]})"
+    if where == str(TINY):
+        return "--model tiny: assets/tiny-base is missing; build it with `python tiny.py`"
+    if where.startswith((".", "~", os.sep)):
+        return f"--model {name}: there is no folder {where}"
+    if "gated" in text.lower() or "401" in text or "403" in text:
+        return f"--model {name}: {where} is gated; accept its licence on its hub page, then run `hf auth login`"
+    if "404" in text or "not a valid model identifier" in text:
+        return f"--model {name}: no folder and no hub model of that name ({where}); short names are {', '.join(SHORT)}"
+    return f"--model {name}: {where} is not cached here and the hub cannot be reached; connect once, or give a local folder (--model tiny needs neither)"

@@ -1,0 +1,168 @@
+"""Where an answer ends, and that how it was sampled cannot change what is read."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import ROWS, VOCAB, small_model
+from torch.testing import assert_close
+
+import rollout
+from data import chat_ids
+from rollout import TINY, Loaded, completion_mask, decode, end_ids, generate, left_pad, load, turn_end
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load("tiny", CPU)
+
+
+def fake(model, eos=(2,), vocab=VOCAB):
+    class Pad:
+        pad_token_id = 2  # pad == end of text, as many tokenizers have it
+
+    return Loaded(model, Pad(), list(eos), vocab, "fake")
+
+
+def test_the_mask_ends_with_the_first_end_whatever_the_pad_is():
+    ids = torch.tensor([[5, 2, 2, 2], [5, 6, 7, 8], [2, 5, 2, 6], [9, 4, 5, 2]])
+    assert completion_mask(ids, [2]).tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 1]]
+    assert completion_mask(ids, [2, 4]).tolist()[3] == [1, 1, 0, 0]  # any of the model's end ids
+    assert completion_mask(ids, [2])[0, 1] == 1  # the end itself counts: or the model unlearns to stop
+
+
+def test_left_padding():
+    ids, mask = left_pad([[7, 8, 9], [4]], CPU)
+    assert ids.tolist() == [[7, 8, 9], [0, 0, 4]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_greedy_answers_equal_a_loop_without_cache_or_padding():
+    model = small_model()
+    lm, prompts = fake(model), [[5, 6, 7, 8, 9, 10, 11], [12, 13], [20, 21, 22]]
+    ids, mask = generate(lm, prompts, 9, temperature=0.0)
+    for row, m, prompt in zip(ids, mask, prompts, strict=True):
+        text = list(prompt)
+        for _ in range(9):
+            text.append(model(input_ids=torch.tensor([text])).logits[0, -1, :VOCAB].argmax().item())
+            if text[-1] == 2:
+                break
+        assert row[m.bool()].tolist() == text[len(prompt) :]
+
+
+def test_batch_size_and_neighbours_do_not_matter(tiny):
+    prompts = [chat_ids(tiny.tokenizer, q) for q in ("47+38", "where is lamp: mill A, cave B, port C", "f: add 3 then times 2")]
+    together, m = generate(tiny, prompts, 40, 0.0)
+    for i, p in enumerate(prompts):
+        alone, ma = generate(tiny, [p], 40, 0.0)
+        assert alone[0][ma[0].bool()].tolist() == together[i][m[i].bool()].tolist()
+    one_by_one, m1 = generate(tiny, prompts, 40, 0.0, batch_size=1)
+    assert decode(tiny, one_by_one, m1) == decode(tiny, together, m)
+
+
+def test_sampling_follows_the_models_own_distribution():
+    """Frequencies of 4000 first tokens against the softmax, at a temperature; a hub's top-k or repetition penalty would show here."""
+    model = small_model(dtype=torch.float32)
+    model.generation_config.top_k, model.generation_config.top_p = 2, 0.5
+    model.generation_config.repetition_penalty = 1.8
+    torch.manual_seed(0)
+    prompt = [5, 6, 7]
+    ids, _ = generate(fake(model), [prompt] * 4000, 1, temperature=1.5)
+    logits = model(input_ids=torch.tensor([prompt])).logits[0, -1, :VOCAB]
+    expected = (logits / 1.5).softmax(-1)
+    seen = torch.bincount(ids[:, 0], minlength=ROWS).double() / 4000
+    assert seen[VOCAB:].sum() == 0
+    assert (seen[:VOCAB] - expected.double()).abs().sum() < 0.12  # total variation of pure noise is about .07
+    assert model.generation_config.top_k == 2  # given back
+
+
+def test_padded_vocabulary_is_never_sampled():
+    model = small_model(tied=False, dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight[VOCAB:] = model.lm_head.weight[:VOCAB].abs().max() * 100
+    for temperature in (0.0, 1.0):
+        ids, _ = generate(fake(model), [[5, 6, 7]] * 20, 5, temperature)
+        assert ids.max() < VOCAB
+
+
+def test_the_model_is_given_back_in_training_mode():
+    model = small_model(dtype=torch.float32).train()
+    generate(fake(model), [[5, 6]], 2, 0.0)
+    assert model.training
+
+
+def test_all_ends_of_the_generation_config_count():
+    model = small_model()
+    model.generation_config.eos_token_id = [2, 7]
+
+    class Tokenizer:
+        eos_token_id = 9
+
+    assert end_ids(model, Tokenizer()) == [2, 7, 9]
+
+
+def test_the_template_says_how_a_turn_ends(tiny):
+    assert tiny.tokenizer.convert_ids_to_tokens(turn_end(tiny)) == "<|im_end|>"
+
+
+def test_too_long_a_prompt_is_refused():
+    with pytest.raises(ValueError, match="max-new-tokens"):
+        generate(fake(small_model()), [[5] * 120], 20, 0.0)
+
+
+def spoiled(tmp_path, change):
+    shutil.copytree(TINY, tmp_path / "m")
+    change(tmp_path / "m")
+    return str(tmp_path / "m")
+
+
+def test_refusals_name_the_fix(tmp_path):
+    def no_template(folder):
+        (folder / "chat_template.jinja").unlink()
+
+    with pytest.raises(ValueError, match="no chat template"):
+        load(spoiled(tmp_path / "a", no_template), CPU)
+
+    def too_few(folder):
+        model = rollout.AutoModelForCausalLM.from_pretrained(folder)
+        model.resize_token_embeddings(100)
+        model.save_pretrained(folder)
+
+    with pytest.raises(ValueError, match="100 embeddings but .* resize_token_embeddings"):
+        load(spoiled(tmp_path / "b", too_few), CPU)
+    with pytest.raises(ValueError, match="does not hold a usable"):
+        (tmp_path / "c").mkdir()
+        load(str(tmp_path / "c"), CPU)
+    with pytest.raises(ValueError, match="hub cannot be reached.*local folder"):
+        load("Qwen2.5-0.5B", CPU)  # the tests run offline
+
+
+def test_a_pickled_checkpoint_is_not_read(tmp_path):
+    def pickled(folder):
+        (folder / "model.safetensors").unlink()
+        torch.save(small_model().state_dict(), folder / "pytorch_model.bin")
+
+    with pytest.raises(ValueError, match="usable"):
+        load(spoiled(tmp_path, pickled), CPU)
+
+
+def test_code_of_a_model_folder_is_not_run(tmp_path):
+    def with_code(folder):
+        config = json.loads((folder / "config.json").read_text()) | {"auto_map": {"AutoModelForCausalLM": "evil.Evil"}}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "evil.py").write_text("raise SystemExit('ran')\nclass Evil: pass\n")
+
+    load(spoiled(tmp_path, with_code), CPU)
+
+
+def test_scores_do_not_depend_on_the_padding_of_the_sampler(tiny):
+    """Answers sampled beside a long prompt are read back with the log-probs the sampler had."""
+    prompts = [chat_ids(tiny.tokenizer, q) for q in ("47+38", "tool: fly rome 2 monday and so on and so on")]
+    ids, mask = generate(tiny, prompts, 30, 0.0)
+    from unisd import head_of, read, sampled_logps
+
+    both = sampled_logps(read(tiny.model, prompts, ids, mask), ids[mask.bool()], head_of(tiny.model, tiny.vocab), 1.0, 64)
+    first = sampled_logps(read(tiny.model, prompts[:1], ids[:1], mask[:1]), ids[:1][mask[:1].bool()], head_of(tiny.model, tiny.vocab), 1.0, 64)
+    assert_close(both[: mask[0].sum()], first, rtol=0, atol=1e-5)

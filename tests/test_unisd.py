@@ -1,0 +1,334 @@
+"""The objective: equal to the plain formula whatever the chunk, the padding, the order and the micro-batch; and what is off costs nothing."""
+
+import itertools
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import VOCAB, small_model
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import agreement
+import losses
+from ema import EMA
+from unisd import (
+    Batch,
+    Head,
+    Mechanisms,
+    divergence_now,
+    head_of,
+    passes,
+    read,
+    sampled_logps,
+    score_teachers,
+    unisd_loss,
+)
+
+EXACT = dict(rtol=1e-12, atol=1e-12)
+EVERYTHING = Mechanisms(agreement="token", gamma=1.0, w_contrast=0.3, margin=0.2, w_match=0.2, w_nll=0.1, chunk=5)
+
+
+def prompts(seed, n=4):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCAB, (int(k),), generator=g).tolist() for k in torch.randint(3, 9, (n,), generator=g)]
+
+
+def batch_of(lengths=(5, 1, 3, 8), contexts=3):
+    g = torch.Generator().manual_seed(99)
+    ids = torch.randint(3, VOCAB, (len(lengths), max(lengths)), generator=g)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)).long()
+    n = len(lengths)
+    return Batch(prompts(1, n), prompts(2, n), prompts(3, n), [prompts(10 + k, n) for k in range(contexts)], ids, mask)
+
+
+def whole_step(model, batch, m, teacher=nullcontext, micro=99, ceiling=None):
+    """Loss and gradients of one optimizer step in micro-batches of `micro` rows."""
+    model.zero_grad()
+    t = score_teachers(model, teacher, batch, VOCAB, m)
+    if ceiling is not None:
+        t.ceiling = ceiling
+    total = 0.0
+    for i in range(0, len(batch.ids), micro):
+        rows = slice(i, min(i + micro, len(batch.ids)))
+        states = read(model, batch.student[rows], batch.ids[rows], batch.mask[rows])
+        loss, _ = unisd_loss(states, head_of(model, VOCAB), t.rows(rows), t.head, m, t.ceiling)
+        loss.backward()
+        total += loss.detach()
+    return total, {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def plain(model, batch, m, ceiling):
+    """The same objective written the obvious way: one row at a time, whole (T, V) log-probabilities, no head of ours, no chunks."""
+
+    def logps(prompt, b, tau):
+        ids = torch.tensor([prompt + batch.ids[b, : batch.mask[b].sum()].tolist()])
+        out = model(input_ids=ids, output_hidden_states=True)
+        at = slice(len(prompt) - 1, ids.shape[1] - 1)  # logits at i predict token i + 1
+        return (out.logits[0, at, :VOCAB] / tau).log_softmax(-1), out.hidden_states[-1][0, at]
+
+    B, T = batch.ids.shape
+    div, contrast, match, nll = (torch.zeros(B, T, dtype=torch.float64) for _ in range(4))
+    readings = torch.zeros(len(batch.contexts), B, T, dtype=torch.float64)
+    for b in range(B):
+        n, ids = batch.mask[b].sum(), batch.ids[b, : batch.mask[b].sum()]
+        s, fs = logps(batch.student[b], b, m.distill_temperature)
+        with torch.no_grad():
+            t, ft = logps(batch.teacher[b], b, m.distill_temperature)
+            bad, _ = logps(batch.negative[b], b, m.distill_temperature)
+            for k, c in enumerate(batch.contexts):
+                readings[k, b, :n] = losses.token_logps(logps(c[b], b, m.agreement_temperature)[0], ids)
+        d = {"forward": losses.forward_kl, "reverse": losses.reverse_kl, "jsd": lambda x, y: losses.jsd(x, y, m.alpha)}
+        div[b, :n] = d[m.divergence](s, t)
+        pick = lambda x, ids=ids: losses.token_logps(x, ids)  # noqa: E731
+        contrast[b, :n] = losses.contrastive(pick(s), pick(t), pick(bad), m.margin)
+        match[b, :n], nll[b, :n] = losses.feature_mse(fs, ft), -pick(s)
+    w = torch.ones(B, T, dtype=torch.float64)
+    if m.agreement == "token":
+        w = agreement.token_weights(agreement.disagreement(readings, batch.mask, "token", m.stat), batch.mask, m.gamma)
+    elif m.agreement == "sequence":
+        delta = agreement.disagreement(readings, batch.mask, "sequence", m.stat)
+        w = agreement.sequence_weights(delta, m.gamma).unsqueeze(1).expand(B, T)
+    mean = lambda x, w: agreement.weighted_mean(x, batch.mask, w, m.normalizer)  # noqa: E731
+    one = torch.ones_like(w)
+    loss = m.w_div * mean(losses.clip_tokens(div, ceiling), w) + m.w_nll * mean(nll, one)
+    return loss + m.w_contrast * mean(contrast, one) + m.w_match * mean(match, one)
+
+
+CASES = [
+    replace(EVERYTHING, divergence=d, alpha=0.3, agreement=a, stat=s, normalizer=n, distill_temperature=0.7)
+    for d, (a, s, n) in itertools.product(
+        ("forward", "reverse", "jsd"), (("token", "var", "batch"), ("sequence", "range", "sequence"), ("none", "var", "batch"))
+    )
+]
+
+
+@pytest.mark.parametrize("m", CASES, ids=lambda m: f"{m.divergence}-{m.agreement}")
+@pytest.mark.parametrize("ceiling", [None, 0.4])
+def test_equals_the_plain_formula_in_value_and_gradient(model, m, ceiling):
+    batch, ceiling = batch_of(), None if ceiling is None else torch.tensor(ceiling, dtype=torch.float64)
+    model.zero_grad()
+    expected = plain(model, batch, m, ceiling)
+    expected.backward()
+    gradient = {n: p.grad.clone() for n, p in model.named_parameters()}
+    for chunk in (1, 5, 1000):
+        value, ours = whole_step(model, batch, replace(m, chunk=chunk), ceiling=ceiling)
+        assert_close(value, expected.detach(), **EXACT)
+        for name in gradient:
+            assert_close(ours[name], gradient[name], **EXACT, msg=lambda s, n=name: f"{n}: {s}")
+
+
+@pytest.mark.parametrize("m", CASES, ids=lambda m: f"{m.divergence}-{m.agreement}")
+def test_the_micro_batch_split_never_matters(model, m):
+    batch = batch_of()
+    one, whole = whole_step(model, batch, m)
+    for micro in (1, 2, 3):
+        value, gradient = whole_step(model, batch, m, micro=micro)
+        assert_close(value, one, **EXACT)
+        for name in whole:
+            assert_close(gradient[name], whole[name], **EXACT)
+
+
+def test_padding_and_what_comes_after_the_end_never_matter(model):
+    batch = batch_of()
+    one, whole = whole_step(model, batch, EVERYTHING)
+    rubbish = torch.where(batch.mask.bool(), batch.ids, (batch.ids + 7) % VOCAB)
+    wide = replace(batch, ids=torch.nn.functional.pad(rubbish, (0, 6), value=5), mask=torch.nn.functional.pad(batch.mask, (0, 6)))
+    value, gradient = whole_step(model, wide, EVERYTHING)
+    assert_close(value, one, **EXACT)
+    for name in whole:
+        assert_close(gradient[name], whole[name], **EXACT)
+
+
+def test_the_order_of_rows_and_the_token_budget_never_matter(model):
+    batch = batch_of()
+    one, _ = whole_step(model, batch, EVERYTHING)
+    for budget in (1, 20, 40):
+        assert_close(whole_step(model, batch, replace(EVERYTHING, max_tokens_per_pass=budget))[0], one, **EXACT)
+    p = [2, 0, 3, 1]
+    take = lambda x: [x[i] for i in p]  # noqa: E731
+    turned = Batch(take(batch.student), take(batch.teacher), take(batch.negative), [take(c) for c in batch.contexts], batch.ids[p], batch.mask[p])
+    assert_close(whole_step(model, turned, EVERYTHING)[0], one, **EXACT)
+
+
+def test_passes_cover_every_row_within_the_budget():
+    lengths = [7, 3, 9, 1, 3, 12]
+    groups = passes(lengths, 14)
+    assert sorted(sum(groups, [])) == list(range(6))
+    assert all(len(g) == 1 or len(g) * max(lengths[i] for i in g) <= 14 for g in groups)
+
+
+def test_read_gives_the_states_that_predict_each_token(model):
+    batch = batch_of()
+    states = read(model, batch.student, batch.ids, batch.mask)
+    ours = sampled_logps(states, batch.ids[batch.mask.bool()], head_of(model, VOCAB), 1.0, 4)
+    theirs = []
+    for b, prompt in enumerate(batch.student):
+        row = prompt + batch.ids[b, : batch.mask[b].sum()].tolist()
+        logps = model(input_ids=torch.tensor([row])).logits[0, :, :VOCAB].log_softmax(-1)
+        theirs += [logps[i - 1, row[i]] for i in range(len(prompt), len(row))]
+    assert_close(ours, torch.stack(theirs).detach(), **EXACT)
+
+
+def test_gradient_by_finite_differences_through_an_identity_head():
+    """With an identity head the function eats logits: that is what the golden vectors do."""
+    N, V, eye = 4, 6, Head(torch.eye(6, dtype=torch.float64), 6)
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(N, V, generator=g, dtype=torch.float64, requires_grad=True)
+    t = {
+        "ids": torch.tensor([0, 5, 2, 2]),
+        "teacher": torch.randn(N, V, generator=g, dtype=torch.float64),
+        "negative": -torch.rand(N, generator=g, dtype=torch.float64) * 3,
+        "c": torch.rand(N, generator=g, dtype=torch.float64),
+        "a": torch.rand(N, generator=g, dtype=torch.float64),
+    }
+    for d in ("forward", "reverse", "jsd"):
+        m = replace(EVERYTHING, divergence=d, chunk=3)
+        assert torch.autograd.gradcheck(lambda x, m=m: unisd_loss(x, eye, t, eye, m)[0], logits)
+        upstream = torch.autograd.grad(3.0 * unisd_loss(logits, eye, t, eye, m)[0], logits)[0]
+        assert_close(upstream, 3.0 * torch.autograd.grad(unisd_loss(logits, eye, t, eye, m)[0], logits)[0], **EXACT)
+
+
+def test_a_bias_and_a_softcap_are_part_of_the_head():
+    g = torch.Generator().manual_seed(0)
+    rand = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)  # noqa: E731
+    h, teacher = rand(5, 4).requires_grad_(), rand(5, 4)
+    w, b = rand(7, 4).requires_grad_(), rand(7).requires_grad_()
+    t = {"ids": torch.tensor([0, 1, 2, 3, 4]), "teacher": teacher, "negative": None, "c": torch.full((5,), 0.2, dtype=torch.float64), "a": None}
+    head = Head(w, 7, b, softcap=3.0)
+    ours = torch.autograd.grad(unisd_loss(h, head, t, replace(head, weight=w.detach(), bias=b.detach()), Mechanisms(chunk=2))[0], (h, w, b))
+    logp = lambda x, w, b: (3 * torch.tanh((x @ w.T + b) / 3)).log_softmax(-1)  # noqa: E731
+    plain_loss = losses.forward_kl(logp(h, w, b), logp(teacher, w, b).detach()).mean()
+    for x, y in zip(ours, torch.autograd.grad(plain_loss, (h, w, b)), strict=True):
+        assert_close(x, y, **EXACT)
+
+
+def test_padded_vocabulary_gets_no_mass_and_no_gradient():
+    model = small_model(tied=False)
+    with torch.no_grad():
+        model.lm_head.weight[VOCAB:] = 50.0  # would win every softmax if it were looked at
+    _, gradient = whole_step(model, batch_of(), EVERYTHING)
+    assert (gradient["lm_head.weight"][VOCAB:] == 0).all() and (gradient["lm_head.weight"][:VOCAB] != 0).any()
+
+
+def test_a_student_that_already_is_its_teacher_has_nothing_to_learn(model):
+    batch = batch_of()
+    batch = replace(batch, teacher=batch.student)
+    value, gradient = whole_step(model, batch, Mechanisms(w_match=0.5))
+    assert abs(value) < 1e-12 and all(g.abs().max() < 1e-12 for g in gradient.values())
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_agreement_really_changes_loss_and_gradient(model, level):
+    batch = batch_of()
+    off, g_off = whole_step(model, batch, Mechanisms())
+    on, g_on = whole_step(model, batch, Mechanisms(agreement=level, gamma=1.0))
+    assert abs(on - off) > 1e-4 and (g_on["model.norm.weight"] - g_off["model.norm.weight"]).abs().max() > 1e-6
+    official, _ = whole_step(model, batch, Mechanisms(agreement="sequence", gamma=0.01, normalizer="sequence"))
+    unweighted, _ = whole_step(model, batch, Mechanisms(normalizer="sequence"))
+    assert_close(official, unweighted, rtol=1e-2, atol=0)  # only sequences of one token (sum of weights < 1) still differ
+
+
+def test_clip_removes_the_gradient_of_the_tokens_above_it(model):
+    batch = batch_of()
+    t = score_teachers(model, nullcontext, batch, VOCAB, Mechanisms())
+    states = read(model, batch.student, batch.ids, batch.mask).detach().requires_grad_()
+    _, each = unisd_loss(states, head_of(model, VOCAB), t.rows(slice(None)), t.head, Mechanisms())
+    ceiling = each["div"].median()
+    loss, _ = unisd_loss(states, head_of(model, VOCAB), t.rows(slice(None)), t.head, Mechanisms(), ceiling)
+    (gradient,) = torch.autograd.grad(loss, states)
+    above = each["div"] > ceiling
+    assert (gradient[above] == 0).all() and (gradient[each["div"] < ceiling].abs().sum(1) > 0).all()
+
+
+def test_divergence_now_is_what_the_loss_sees(model):
+    batch, m = batch_of(), Mechanisms(chunk=3)
+    t = score_teachers(model, nullcontext, batch, VOCAB, m)
+    now = divergence_now(model, t, VOCAB, m, micro_batch=2)
+    _, each = unisd_loss(read(model, batch.student, batch.ids, batch.mask), head_of(model, VOCAB), t.rows(slice(None)), t.head, m)
+    assert_close(now[batch.mask.bool()].double(), each["div"], rtol=1e-6, atol=1e-7)
+
+
+def test_an_ema_teacher_speaks_with_its_own_weights_and_its_own_head(model):
+    batch = batch_of()
+    ema = EMA(model, 0.5)
+    other = small_model(seed=5)
+    model.load_state_dict(other.state_dict())  # the student moves on; the shadow stays
+    value, _ = whole_step(model, batch, Mechanisms(), teacher=lambda: ema.applied_to(model))
+    teacher, student = small_model(seed=0), small_model(seed=5)
+    per_token = []
+    for b in range(4):
+        n = batch.mask[b].sum()
+        row = lambda p, b=b, n=n: torch.tensor([p + batch.ids[b, :n].tolist()])  # noqa: E731
+        s = student(input_ids=row(batch.student[b])).logits[0, -n - 1 : -1, :VOCAB].log_softmax(-1)
+        t = teacher(input_ids=row(batch.teacher[b])).logits[0, -n - 1 : -1, :VOCAB].log_softmax(-1)
+        per_token.append(losses.forward_kl(s, t))
+    assert_close(value, torch.cat(per_token).mean().detach(), **EXACT)
+    assert_close(model.lm_head.weight, other.lm_head.weight, rtol=0, atol=0)
+
+
+PASSES = {  # recipe settings -> how often the model is read in one step of one micro-batch
+    "divergence": (Mechanisms(), 2),
+    "cross-entropy only": (Mechanisms(w_div=0.0, w_nll=1.0), 1),
+    "token agreement": (Mechanisms(agreement="token"), 5),
+    "agreement with gamma 0": (Mechanisms(agreement="token", gamma=0.0), 2),
+    "agreement without a divergence": (Mechanisms(agreement="token", w_div=0.0, w_match=1.0), 2),
+    "contrast": (Mechanisms(w_contrast=0.1), 3),
+    "match only": (Mechanisms(w_div=0.0, w_match=1.0), 2),
+    "all": (EVERYTHING, 6),
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_what_is_off_costs_no_pass(model, name):
+    m, expected = PASSES[name]
+    count = []
+    model.model.register_forward_hook(lambda *_: count.append(1))
+    whole_step(model, batch_of(), m)
+    assert len(count) == expected
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor with a vocabulary axis that any operation made."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, torch.Tensor) and x.dim() and x.shape[-1] == VOCAB and x.shape != (32, VOCAB):  # not weight.T
+                self.rows = max(self.rows, x.numel() // VOCAB)
+        return out
+
+
+def test_no_tensor_of_tokens_times_vocabulary_exists(model):
+    batch = batch_of((9, 9, 9, 9))  # 36 tokens, hidden size 32: only a vocabulary axis has 37 entries
+    with Largest() as seen:
+        whole_step(model, batch, replace(EVERYTHING, chunk=5))
+    assert 0 < seen.rows <= 5
+
+
+def test_a_match_only_recipe_never_touches_the_head(model):
+    with Largest() as seen:
+        whole_step(model, batch_of(), Mechanisms(w_div=0.0, w_match=1.0))
+    assert seen.rows == 0
+
+
+def test_bf16_autocast_is_close_and_keeps_fp32_gradients():
+    model = small_model(dtype=torch.float32)
+    exact, _ = whole_step(model, batch_of(), Mechanisms())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value, gradient = whole_step(model, batch_of(), Mechanisms())
+    assert_close(value, exact, rtol=0.05, atol=0)
+    assert all(g.dtype == torch.float32 for g in gradient.values())
+
+
+def test_nothing_given_is_changed(model):
+    batch = batch_of()
+    ids, mask, lists = batch.ids.clone(), batch.mask.clone(), [list(p) for p in batch.teacher]
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    whole_step(model, batch, EVERYTHING)
+    assert (batch.ids == ids).all() and (batch.mask == mask).all() and batch.teacher == lists
+    for n, p in model.named_parameters():
+        assert_close(p.detach(), weights[n], rtol=0, atol=0)

@@ -1,0 +1,99 @@
+"""watch.py - what a person sees of a run: a progress bar with an estimate, a sample now and then, curves, and the final table.
+
+It also measures, every so often, the *teacher's* accuracy with the reference and the student's without, on a small held-out set. That pair of
+curves tells what an EMA teacher does: a student trained without references can forget how to use one, and its average forgets with it.
+
+Ctrl-C (or SIGTERM) lets the current step finish, saves, and says how to go on; a second one stops at once.
+Depends on eval.py (measure), rollout.py (decode); matplotlib for the curves.
+"""
+
+import json
+import signal
+import threading
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # a server has no screen
+import matplotlib.pyplot as plt
+from tqdm import tqdm
+
+import eval as evaluation
+from rollout import decode
+
+# Colours that stay apart for every kind of colour vision (Okabe and Ito's).
+INK = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+PANELS = {  # title, unit -> keys of log.jsonl
+    ("loss and its parts", "nats per token"): ("loss", "div", "nll", "contrast", "match"),
+    ("held-out accuracy", "per cent"): ("teacher_accuracy", "student_accuracy"),
+    ("entropy of the student", "nats per token"): ("entropy",),
+    ("answer length", "tokens"): ("length",),
+    ("share: ended by itself, clipped, weight", "0 to 1"): ("eos", "clipped", "weight"),
+    ("gradient norm", "before scaling"): ("grad_norm",),
+}
+
+
+class Watch:
+    """Called once a step. `stop` turns true when the user asked for it."""
+
+    def __init__(self, run, small: int = 20):
+        self.run, self.stop = run, False
+        families = list(dict.fromkeys(e.task for e in run.task.test))
+        self.held_out = [e for f in families for e in [x for x in run.task.test if x.task == f][:small]]
+        self.bar = tqdm(total=run.cfg.steps, initial=run.step, desc=run.cfg.recipe, unit="step", dynamic_ncols=True)
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self.before = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+        if threading.current_thread() is threading.main_thread():
+            for s, handler in self.before.items():
+                signal.signal(s, handler)
+
+    def _ask_to_stop(self, number, frame):
+        if self.stop:
+            raise KeyboardInterrupt
+        self.stop = True
+        self.bar.write("stopping after this step (again to stop at once) ...")
+
+    def after_step(self, run, row: dict, batch) -> None:
+        """Move the bar; print a sample and measure both accuracies when it is time (they join the row)."""
+        self.bar.update()
+        self.bar.set_postfix(loss=f"{row['loss']:.3f}", len=f"{row['length']:.0f}", eos=f"{row['eos']:.2f}", gnorm=f"{row['grad_norm']:.2f}")
+        if run.cfg.teacher_every and (run.step % run.cfg.teacher_every == 0 or run.step == 1):
+            with run.teacher():
+                row["teacher_accuracy"] = evaluation.measure(run.lm, run.task, self.held_out, True, run.cfg.max_new_tokens)["accuracy"]
+            row["student_accuracy"] = evaluation.measure(run.lm, run.task, self.held_out, False, run.cfg.max_new_tokens)["accuracy"]
+        if run.cfg.sample_every and run.step % run.cfg.sample_every == 0:
+            example = " ".join(run.lm.tokenizer.decode(batch.student[0], skip_special_tokens=True).split())
+            answer = " ".join(decode(run.lm, batch.ids[:1], batch.mask[:1])[0].split())
+            self.bar.write(f"step {run.step}: {example[-160:]}  ->  {answer[:160]}")
+
+
+def curves(log: Path, picture: Path, title: str) -> None:
+    """log.jsonl -> a picture with one panel per thing to watch; panels without data are left out."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    shown = {k: keys for k, keys in PANELS.items() if any(key in r for key in keys for r in rows)}
+    if not shown:
+        return
+    across = min(3, len(shown))
+    down = -(-len(shown) // across)
+    figure, axes = plt.subplots(down, across, figsize=(4.2 * across, 2.9 * down), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(shown) :]:
+        axis.axis("off")
+    for axis, ((name, unit), keys) in zip(axes.flat, shown.items(), strict=False):
+        for colour, key in zip(INK, keys, strict=False):
+            points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
+            if points:
+                marker = "o" if len(points) < 30 else None
+                axis.plot(*zip(*points, strict=True), color=colour, label=key.replace("_", " "), lw=1.4, marker=marker, ms=3)
+        axis.set(title=name, xlabel="optimizer step", ylabel=unit)
+        axis.grid(alpha=0.25)
+        if len(keys) > 1:
+            axis.legend(fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
