@@ -1,9 +1,9 @@
 """checkpoint.py - a run that survives: its folder, its state, and how it goes on bit for bit.
 
-What is saved, in <out>/checkpoint-<step>/: the model as an ordinary Hugging Face folder (fp32 safetensors) and state.pt with the EMA, the
-optimizer, the step (which is the schedule and the data cursor, both pure functions of it), every random state, and the settings.
-A folder is written under another name, flushed to disk and renamed: it is there whole or not at all. state.pt is read with
-weights_only=True: nothing is unpickled that could run code.
+What is saved, in <out>/checkpoint-<step>/: the model as an ordinary Hugging Face folder (fp32 safetensors) and state.pt
+with the EMA, the optimizer, the step (which is the schedule and the data cursor, both pure functions of it), every
+random state, and the settings. A folder is written under another name, flushed to disk and renamed: it is there whole
+or not at all. state.pt is read with weights_only=True: nothing is unpickled that could run code.
 
 Not like the official code: the EMA teacher is in it (there a resumed run starts again with the base as its teacher).
 Depends on config.py, ema.py (through the run it is given).   Try it:  python -m pytest tests/test_resume.py -q
@@ -47,19 +47,29 @@ FREE = {"resume", "out", "save_every", "sample_every"}
 
 
 def check_same(out: Path, cfg: Config) -> None:
-    """Refuse to go on under other settings: the log would be of two runs. Raises ValueError naming the first that differs."""
+    """Refuse to go on under other settings: the log would be of two runs. Raises ValueError naming the first that
+    differs.
+    """
     saved = saved_settings(str(out))
     for name, value in asdict(cfg).items():
         if name not in FREE and name in saved and saved[name] != value:
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} is {value!r} here and {saved[name]!r} in {out}: leave it out to go on with that run, or choose another --out")
+            raise ValueError(
+                f"{flag} is {value!r} here and {saved[name]!r} in {out}: "
+                "leave it out to go on with that run, or choose another --out"
+            )
 
 
 def room_for(out: Path, parameters: int) -> None:
     """Raises ValueError if two checkpoints (the old one goes only when the new one stands) do not fit on the disk."""
-    need, free = 2 * 4 * 4 * parameters + 50_000_000, shutil.disk_usage(out).free  # weights, EMA and two Adam moments in fp32
+    need, free = (
+        2 * 4 * 4 * parameters + 50_000_000,
+        shutil.disk_usage(out).free,
+    )  # weights, EMA and two Adam moments in fp32
     if free < need:
-        raise ValueError(f"--out {out}: {free / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed for checkpoints; free space, or choose another disk")
+        raise ValueError(
+            f"--out {out}: {free / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed for checkpoints; free space, or choose another disk"
+        )
 
 
 @contextmanager
@@ -70,7 +80,9 @@ def disk(what: str):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise RuntimeError(f"the disk is full: {what} was not written; the last checkpoint is whole, so free space and go on with --resume") from error
+        raise RuntimeError(
+            f"the disk is full: {what} was not written; the last checkpoint is whole, so free space and go on with --resume"
+        ) from error
 
 
 def write_json(path: Path, value) -> None:
@@ -128,12 +140,16 @@ def state_of(run) -> dict:
 
 def all_checkpoints(out: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    found = [p for p in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and (p / "state.pt").exists()]
+    found = [
+        p for p in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and (p / "state.pt").exists()
+    ]
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
 
 def restore(run) -> None:
-    """Put the last checkpoint's state into a freshly built run, and cut the log back to it. Without a checkpoint, start over from step 0."""
+    """Put the last checkpoint's state into a freshly built run, and cut the log back to it. Without a checkpoint, start
+    over from step 0.
+    """
     out = Path(run.cfg.out)
     found = all_checkpoints(out)
     if found:
@@ -171,7 +187,9 @@ def cut_log(path: Path, step: int) -> None:
 
 
 def save_final(run) -> None:
-    """The trained model, loadable as --model <out>; the checkpoints have served. settings.json stays: the folder is taken."""
+    """The trained model, loadable as --model <out>; the checkpoints have served. settings.json stays: the folder is
+    taken.
+    """
     out = Path(run.cfg.out)
     new = out / ".writing-final"
     with disk("the trained model"):
@@ -186,11 +204,19 @@ def save_bad_batch(run, batch, loss: float, norm: float) -> str:
     path = Path(run.cfg.out) / f"bad-batch-step{run.step + 1}.json"
     tok = run.lm.tokenizer
     rows = [
-        {"prompt": tok.decode(s), "teacher": tok.decode(t), "ids": ids[m.bool()].tolist(), "completion": tok.decode(ids[m.bool()])}
+        {
+            "prompt": tok.decode(s),
+            "teacher": tok.decode(t),
+            "ids": ids[m.bool()].tolist(),
+            "completion": tok.decode(ids[m.bool()]),
+        }
         for s, t, ids, m in zip(batch.student, batch.teacher, batch.ids, batch.mask, strict=True)
     ]
-    write_json(path, {"step": run.step + 1, "loss": repr(loss), "grad_norm": repr(norm), "settings": asdict(run.cfg), "rows": rows})
+    write_json(
+        path,
+        {"step": run.step + 1, "loss": repr(loss), "grad_norm": repr(norm), "settings": asdict(run.cfg), "rows": rows},
+    )
     return (
-        f"step {run.step + 1}: the loss is {loss} and the gradient norm {norm}; the weights were not updated. The batch is in {path}. "
-        "Try a lower --lr, a --clip, or --dtype fp32, and go on from the last checkpoint with --resume in a copy of the folder"
+        f"step {run.step + 1}: the loss is {loss} and the gradient norm {norm}; the weights were not updated. "
+        f"The batch is in {path}. Try a lower --lr, a --clip, or --dtype fp32, in a new --out"
     )

@@ -1,13 +1,16 @@
-"""config.py - every setting, once: this dataclass is the command line, the record in a checkpoint and the documentation.
+"""config.py - every setting, once: this dataclass is the command line, the record in a checkpoint and the
+documentation.
 
-What: `Config` adds to unisd.Mechanisms all that a run needs. `RECIPES` are the rows of the paper's table and the baselines, each a few
-overrides of it: there is no code behind a recipe's name, so mechanisms compose by flags on any of them:
+What: `Config` adds to unisd.Mechanisms all that a run needs. `RECIPES` are the rows of the paper's table and the
+baselines, each a few overrides of it: there is no code behind a recipe's name, so mechanisms compose by flags on any of
+them:
 
     python train.py --recipe ema --clip 2.0
 
 Order of precedence: the dataclass < PRESETS (what the model needs) < RECIPES < flags given by hand.
-Not like the official code: one layer of defaults instead of four, no flag that is parsed and then ignored, and settings that contradict each
-other or can have no effect are refused, or warned about, by name and with the fix, before anything is loaded.
+Not like the official code: one layer of defaults instead of four, no flag that is parsed and then ignored, and settings
+that contradict each other or can have no effect are refused, or warned about, by name and with the fix, before anything
+is loaded.
 
 Depends on unisd.py (for Mechanisms).   Try it:  python train.py --help
 """
@@ -57,13 +60,19 @@ class Config(Mechanisms):
     out: str = opt("", "folder for log, curves, checkpoints and summary ('' = runs/<recipe>-seed<seed>)")
     resume: bool = opt(False, "go on from the last checkpoint in --out, bit for bit")
     # --- the teacher
-    teacher: str = opt("frozen", "frozen = the model as it was; ema = slow average, eq. 3; live = the student itself", ("frozen", "ema", "live"))
+    teacher: str = opt(
+        "frozen",
+        "frozen = the model as it was; ema = slow average, eq. 3; live = the student itself",
+        ("frozen", "ema", "live"),
+    )
     ema_decay: float = opt(0.9, "share of the old teacher kept at each update")
     ema_every: int = opt(10, "optimizer steps between two EMA updates")
     contexts: int = opt(3, "K: how many contexts the agreement compares")
     demos: int = opt(1, "solved examples in each context")
     # --- sampling
-    on_policy: float = opt(1.0, "share of the steps trained on the student's own answers; the others use the references")
+    on_policy: float = opt(
+        1.0, "share of the steps trained on the student's own answers; the others use the references"
+    )
     sampler: str = opt("student", "who writes the answers: the student, or the frozen base model", ("student", "base"))
     temperature: float = opt(0.7, "sampling temperature; has no effect on the loss")
     max_new_tokens: int = opt(1024, "longest answer")
@@ -85,7 +94,9 @@ class Config(Mechanisms):
     train_size: int = opt(4000, "tiny world: number of distinct training questions")
     # --- watching
     eval_size: int = opt(100, "held-out questions per family, before and after")
-    teacher_every: int = opt(40, "steps between two measurements of the teacher's accuracy with the reference (0 = never)")
+    teacher_every: int = opt(
+        40, "steps between two measurements of the teacher's accuracy with the reference (0 = never)"
+    )
     sample_every: int = opt(40, "steps between two printed samples (0 = never)")
     save_every: int = opt(60, "steps between two checkpoints (0 = only at the end)")
 
@@ -100,14 +111,23 @@ def parse(argv: list[str] | None = None) -> Config:
     )
     own = list(Config.__annotations__)
     for f in sorted(fields(Config), key=lambda f: (f.name not in own, own.index(f.name) if f.name in own else 0)):
-        kind = {"int": int, "float": float, "str": str, "bool": bool}[f.type if isinstance(f.type, str) else f.type.__name__]
-        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, choices=f.metadata["choices"] or None)
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"], **how)
+        kind = {"int": int, "float": float, "str": str, "bool": bool}[
+            f.type if isinstance(f.type, str) else f.type.__name__
+        ]
+        how = (
+            dict(action=argparse.BooleanOptionalAction)
+            if kind is bool
+            else dict(type=kind, choices=f.metadata["choices"] or None)
+        )
+        parser.add_argument(flag(f.name), default=f.default, help=f.metadata["help"], **how)
     first = parser.parse_args(argv)
-    # A resumed run goes on under its own settings; what is given by hand on top is compared with them (checkpoint.check_same).
+    # A resumed run goes on under its own settings; what is given by hand on top is compared with them
+    # (checkpoint.check_same).
     saved = saved_settings(first.out) if first.resume else {}
     known = {f.name for f in fields(Config)}
-    parser.set_defaults(**({k: v for k, v in saved.items() if k in known} or layers(first.model, first.preset, first.recipe)))
+    parser.set_defaults(
+        **({k: v for k, v in saved.items() if k in known} or layers(first.model, first.preset, first.recipe))
+    )
     cfg = Config(**vars(parser.parse_args(argv)))
     try:
         return check(cfg)
@@ -132,47 +152,96 @@ def make(recipe: str = "unisd-star", **overrides) -> Config:
 
 def check(cfg: Config) -> Config:
     """Refuse what contradicts itself (ValueError naming the flag and the fix) and warn about what can have no effect."""
-
-    def refuse(bad: bool, message: str):
+    check_values(cfg)
+    for bad, why in contradictions(cfg):
         if bad:
-            raise ValueError(message)
-
-    def inside(name: str, low: float, high: float, strict: bool = False):
-        value = getattr(cfg, name)
-        flag = "--" + name.replace("_", "-")
-        ok = low < value < high if strict else low <= value <= high
-        refuse(not ok, f"{flag} {value} is outside {'(' if strict else '['}{low}, {high}{')' if strict else ']'}")
-
-    for f in fields(cfg):
-        value = getattr(cfg, f.name)
-        flag = "--" + f.name.replace("_", "-")
-        refuse(isinstance(value, float) and not math.isfinite(value), f"{flag} is {value}; it must be a finite number")
-        choices = f.metadata["choices"]
-        refuse(bool(choices) and value not in choices, f"{flag} {value!r} does not exist; choose from {', '.join(map(str, choices))}")
-        refuse(isinstance(value, int | float) and value < 0, f"{flag} {value} is negative; 0 switches a setting off")
-    for name in ("batch", "micro_batch", "sample_batch", "max_new_tokens", "chunk", "max_tokens_per_pass", "ema_every", "eval_size"):
-        refuse(getattr(cfg, name) < 1, f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("on_policy", "wrong_references", "clip_quantile", "warmup"):
-        inside(name, 0.0, 1.0)
-    for name in ("distill_temperature", "agreement_temperature", "temperature"):
-        refuse(getattr(cfg, name) == 0, f"--{name.replace('_', '-')} must be above 0 (evaluation is greedy; training samples)")
-    refuse(not (cfg.w_div or cfg.w_nll or cfg.w_match or cfg.w_contrast), "every weight is 0 (--w-div, --w-nll, --w-match, --w-contrast): there is nothing to minimise")
-    if cfg.divergence == "jsd":
-        refuse(not 0 < cfg.alpha < 1, f"--alpha {cfg.alpha} must lie strictly between 0 and 1 for --divergence jsd (at both ends the JSD is zero); use --divergence forward or reverse")
-        if cfg.clip >= LN2:
-            warnings.warn(f"--clip {cfg.clip} can never act: a JSD is at most ln 2 = {LN2:.3f}; set it below that, or use --divergence forward", stacklevel=2)
-    refuse(bool(cfg.clip and cfg.clip_quantile), "--clip and --clip-quantile are two ceilings for one divergence: set one of them to 0")
-    refuse(cfg.agreement != "none" and cfg.contexts < 1, "--agreement needs at least one context: set --contexts 3, or --agreement none")
-    refuse(
-        cfg.agreement != "none" and cfg.contexts == 1,
-        f"--contexts 1 with --stat {cfg.stat}: {'the variance of one reading is undefined' if cfg.stat == 'var' else 'the range of one reading is always 0'}; set --contexts 2 or more, or --agreement none",
-    )
-    refuse(cfg.teacher == "ema" and not 0 < cfg.ema_decay < 1, f"--ema-decay {cfg.ema_decay}: 1 never moves and 0 is the student itself; use a value between, or --teacher frozen or live")
-    if cfg.agreement != "none" and not cfg.w_div:
-        warnings.warn("--agreement has no effect: it weighs the divergence, and --w-div is 0", stacklevel=2)
-    if cfg.steps and cfg.teacher == "ema" and cfg.steps < cfg.ema_every:
-        warnings.warn(f"the EMA teacher never moves: {cfg.steps} steps are fewer than --ema-every {cfg.ema_every}", stacklevel=2)
+            raise ValueError(why)
+    for idle, why in without_effect(cfg):
+        if idle:
+            warnings.warn(why, stacklevel=2)
     return cfg
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+AT_LEAST_ONE = (
+    "batch micro_batch sample_batch max_new_tokens chunk max_tokens_per_pass ema_every eval_size demos".split()
+)
+SHARES = "on_policy wrong_references clip_quantile warmup".split()
+ABOVE_ZERO = "temperature distill_temperature agreement_temperature".split()
+
+
+def check_values(cfg: Config) -> None:
+    """Each setting on its own. Raises ValueError."""
+    for f in fields(cfg):
+        value, name, choices = getattr(cfg, f.name), flag(f.name), f.metadata["choices"]
+        if choices and value not in choices:
+            raise ValueError(f"{name} {value!r} does not exist; choose from {', '.join(choices)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}; it must be a finite number")
+        if isinstance(value, int | float) and value < 0:
+            raise ValueError(f"{name} {value} is negative; 0 switches a setting off")
+        if f.name in AT_LEAST_ONE and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+        if f.name in SHARES and value > 1:
+            raise ValueError(f"{name} {value} is outside [0, 1]")
+        if f.name in ABOVE_ZERO and value == 0:
+            raise ValueError(f"{name} must be above 0 (training samples; evaluation is always greedy)")
+
+
+def contradictions(cfg: Config) -> list[tuple[bool, str]]:
+    """(does it hold, what to say) for settings that exclude each other."""
+    why = "the variance of one reading is undefined" if cfg.stat == "var" else "the range of one reading is always 0"
+    return [
+        (
+            not (cfg.w_div or cfg.w_nll or cfg.w_match or cfg.w_contrast),
+            "every weight is 0 (--w-div, --w-nll, --w-match, --w-contrast): there is nothing to minimise",
+        ),
+        (
+            cfg.divergence == "jsd" and not 0 < cfg.alpha < 1,
+            f"--alpha {cfg.alpha} must lie strictly between 0 and 1 for --divergence jsd "
+            "(at both ends the JSD is zero); use --divergence forward or reverse",
+        ),
+        (
+            bool(cfg.clip and cfg.clip_quantile),
+            "--clip and --clip-quantile are two ceilings for one divergence: set one of them to 0",
+        ),
+        (
+            cfg.agreement != "none" and cfg.contexts < 2,
+            f"--contexts {cfg.contexts} with --agreement {cfg.agreement} and --stat {cfg.stat}: {why}; "
+            "set --contexts 2 or more, or --agreement none",
+        ),
+        (
+            cfg.teacher == "ema" and not 0 < cfg.ema_decay < 1,
+            f"--ema-decay {cfg.ema_decay}: 1 never moves and 0 is the student itself; "
+            "use a value between, or --teacher frozen or live",
+        ),
+    ]
+
+
+def without_effect(cfg: Config) -> list[tuple[bool, str]]:
+    """(does it hold, what to say) for settings that cannot act."""
+    return [
+        (
+            cfg.divergence == "jsd" and cfg.clip >= LN2,
+            f"--clip {cfg.clip} can never act: a JSD is at most ln 2 = {LN2:.3f}; "
+            "set it below that, or use --divergence forward",
+        ),
+        (
+            cfg.agreement != "none" and not cfg.w_div,
+            "--agreement has no effect: it weighs the divergence, and --w-div is 0",
+        ),
+        (
+            bool((cfg.clip or cfg.clip_quantile) and not cfg.w_div),
+            "--clip has no effect: it caps the divergence, and --w-div is 0",
+        ),
+        (
+            cfg.teacher == "ema" and 0 < cfg.steps < cfg.ema_every,
+            f"the EMA teacher never moves: {cfg.steps} steps are fewer than --ema-every {cfg.ema_every}",
+        ),
+    ]
 
 
 SETTINGS = "settings.json"  # in --out; config.json there is the model's

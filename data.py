@@ -1,13 +1,13 @@
 """data.py - one question with what is known about it, and the prompts made of it.
 
-What: `Example` is one training or test question; `Task` is a set of them with its prompt wording and its scorer; `encode` turns an example
-into the token ids of every prompt under which an answer is sampled or re-read:
+What: `Example` is one training or test question; `Task` is a set of them with its prompt wording and its scorer;
+`encode` turns an example into the token ids of every prompt under which an answer is sampled or re-read:
 
     student    question                          teacher    question + reference
     negative   question + wrong reference        context k  demonstrations + question (+ reference)
 
-All four share one wording, so a teacher cannot be told from another by format, only by content (in the official code the wrong reference
-comes in another template than the right one, so a margin can be earned from punctuation).
+All four share one wording, so a teacher cannot be told from another by format, only by content (in the official code
+the wrong reference comes in another template than the right one, so a margin can be earned from punctuation).
 
 Depends on nothing of ours.   Try it:  python -m pytest tests/test_data.py -q
 """
@@ -21,7 +21,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Example:
-    """One question. The student sees `question`; only teachers see `reference` and `negative`; only the scorer sees `answer`."""
+    """One question. The student sees `question`; only teachers see `reference` and `negative`; only the scorer sees
+    `answer`.
+    """
 
     task: str  # the family or benchmark: which scorer judges it, which row of the table it is counted in
     question: str  # the whole user message, options and format instructions included
@@ -38,7 +40,9 @@ class Example:
 
 @dataclass(frozen=True)
 class Wording:
-    """The words around an example. Fields in braces are filled; every benchmark shares these, the tiny world has its own short ones."""
+    """The words around an example. Fields in braces are filled; every benchmark shares these, the tiny world has its
+    own short ones.
+    """
 
     teacher: str = (
         "{question}\n\n[Reference solution]\n{reference}\n[End of reference]\n\n"
@@ -50,7 +54,9 @@ class Wording:
 
 @dataclass
 class Task:
-    """What is trained on and how it is judged. `score(examples, completions)` -> one dict each with at least correct and abstained."""
+    """What is trained on and how it is judged. `score(examples, completions)` -> one dict each with at least correct
+    and abstained.
+    """
 
     name: str
     train: list[Example]
@@ -67,7 +73,9 @@ class Task:
 
 
 def chat_ids(tokenizer, message: str) -> list[int]:
-    """A user message as prompt ids, ending in the assistant header. "Thinking" templates are switched off, in training and evaluation alike."""
+    """A user message as prompt ids, ending in the assistant header. "Thinking" templates are switched off, in training
+    and evaluation alike.
+    """
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True, enable_thinking=False
     )
@@ -86,10 +94,11 @@ def context_message(wording: Wording, example: Example, demos: Sequence[Example]
 
 
 def fit_prompt(tokenizer, build: Callable[[str], str], reference: str, limit: int) -> tuple[list[int], int]:
-    """Prompt ids of build(reference), the *reference* shortened from its end until the prompt has at most `limit` tokens.
+    """Prompt ids of build(reference), the *reference* shortened from its end until the prompt has at most `limit`
+    tokens.
 
-    -> (ids, how many reference tokens were cut). The question and the assistant header are never cut: raises ValueError if they alone
-    are too long. (Cutting token lists from either side loses one or the other, silently.)
+    -> (ids, how many reference tokens were cut). The question and the assistant header are never cut: raises ValueError
+    if they alone are too long. (Cutting token lists from either side loses one or the other, silently.)
     """
     ids = chat_ids(tokenizer, build(reference))
     if len(ids) <= limit:
@@ -100,5 +109,7 @@ def fit_prompt(tokenizer, build: Callable[[str], str], reference: str, limit: in
         keep = max(0, keep - (len(ids) - limit))
         ids = chat_ids(tokenizer, build(tokenizer.decode(tokens[:keep])))
     if len(ids) > limit:
-        raise ValueError(f"a question of {len(ids)} tokens without its reference is over the limit of {limit}: raise --max-prompt-tokens")
+        raise ValueError(
+            f"a question of {len(ids)} tokens without its reference is over the limit of {limit}: raise --max-prompt-tokens"
+        )
     return ids, len(tokens) - keep

@@ -1,14 +1,15 @@
 """eval.py - is it better, and did it forget?
 
-What: greedy accuracy on held-out questions per family, with 95 % Wilson intervals; the *ceiling*, which is the same model with the reference in
-its prompt and the first number to look at; and how far a model has drifted from the one it started as:
+What: greedy accuracy on held-out questions per family, with 95 % Wilson intervals; the *ceiling*, which is the same
+model with the reference in its prompt and the first number to look at; and how far a model has drifted from the one it
+started as:
 
-    jsd_to_base      mean over the tokens of the base's own greedy answers of JSD(alpha = .5) between the two models, in nats (0 ... ln 2)
-    retention_ppl    the base's perplexity on the tuned model's greedy answers     (does it still write what the base finds likely?)
-    reverse_ppl      the tuned model's perplexity on the base's greedy answers     (does it still find likely what the base wrote?)
+    jsd_to_base     mean JSD (alpha .5) of the two models over the tokens of the base's own greedy answers, in nats
+    retention_ppl   the base's perplexity on the tuned model's answers: does it still write what the base finds likely?
+    reverse_ppl     the tuned model's perplexity on the base's answers: does it still find likely what the base wrote?
 
-A perplexity is the mean over answers of exp(-mean log-prob per token). A model that learns *has* to move away from its base's wrong answers:
-drift is read beside the accuracy it bought.
+A perplexity is the mean over answers of exp(-mean log-prob per token). A model that learns *has* to move away from its
+base's wrong answers: drift is read beside the accuracy it bought.
 
     python eval.py --model runs/unisd-star-seed0 --base tiny
 
@@ -26,11 +27,10 @@ import torch
 from torch import Tensor
 
 import losses
-import tiny
+import world
 from data import Example, Task, chat_ids, teacher_message
+from reading import chunks, head_of, passes, read, sampled_logps
 from rollout import Loaded, decode, generate, load
-from unisd import chunks, head_of, passes, read, sampled_logps
-
 
 NO_DRIFT = {"jsd_to_base": 0.0, "retention_ppl": 1.0, "reverse_ppl": 1.0}
 
@@ -46,13 +46,17 @@ def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 def prompts_for(lm: Loaded, task: Task, examples: Sequence[Example], with_reference: bool) -> list[list[int]]:
     """Evaluation prompts: the question alone, or with its right reference (the ceiling of self-distillation)."""
-    message = lambda e: teacher_message(task.wording, e.question, e.reference) if with_reference else e.question  # noqa: E731
+    message = lambda e: teacher_message(task.wording, e.question, e.reference) if with_reference else e.question
     return [chat_ids(lm.tokenizer, message(e)) for e in examples]
 
 
 def measure(lm: Loaded, task: Task, examples: Sequence[Example], with_reference: bool = False, limit: int = 0) -> dict:
-    """Greedy accuracy. -> {"accuracy": mean over families, "by_task", "interval", "abstained", "length", "eos", "n"}, shares in per cent."""
-    ids, mask = generate(lm, prompts_for(lm, task, examples, with_reference), limit or task.max_new_tokens, temperature=0.0)
+    """Greedy accuracy. -> {"accuracy": mean over families, "by_task", "interval", "abstained", "length", "eos", "n"},
+    shares in per cent.
+    """
+    ids, mask = generate(
+        lm, prompts_for(lm, task, examples, with_reference), limit or task.max_new_tokens, temperature=0.0
+    )
     results = task.score(examples, decode(lm, ids, mask))
     families = list(dict.fromkeys(e.task for e in examples))
     hits = {f: [r["correct"] for e, r in zip(examples, results, strict=True) if e.task == f] for f in families}
@@ -75,10 +79,17 @@ def ended(lm: Loaded, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def drift(tuned: Loaded, base: Loaded, task: Task, examples: Sequence[Example], chunk: int = 256, budget: int = 16384) -> dict:
-    """How far `tuned` is from `base` (see the top of the file). Both must share one tokenizer: raises ValueError if they do not."""
+def drift(
+    tuned: Loaded, base: Loaded, task: Task, examples: Sequence[Example], chunk: int = 256, budget: int = 16384
+) -> dict:
+    """How far `tuned` is from `base` (see the top of the file). Both must share one tokenizer: raises ValueError if
+    they do not.
+    """
     if tuned.vocab != base.vocab:
-        raise ValueError(f"--base {base.name} has another tokenizer ({base.vocab} tokens against {tuned.vocab}): give the model it was trained from")
+        raise ValueError(
+            f"--base {base.name} has another tokenizer ({base.vocab} tokens against {tuned.vocab}): "
+            "give the model it was trained from"
+        )
     prompts = prompts_for(tuned, task, examples, with_reference=False)
     answers = {name: generate(lm, prompts, task.max_new_tokens, 0.0) for name, lm in (("base", base), ("tuned", tuned))}
     out = {"jsd_to_base": token_jsd(tuned, base, prompts, *answers["base"], chunk, budget)}
@@ -97,12 +108,20 @@ def perplexity(lm: Loaded, prompts: list[list[int]], ids: Tensor, mask: Tensor, 
     lm.model.eval()
     for rows in groups(prompts, mask, budget):
         m = mask[rows].bool()
-        flat = sampled_logps(read(lm.model, [prompts[i] for i in rows], ids[rows], m), ids[rows][m], head_of(lm.model, lm.vocab), 1.0, chunk)
+        flat = sampled_logps(
+            read(lm.model, [prompts[i] for i in rows], ids[rows], m),
+            ids[rows][m],
+            head_of(lm.model, lm.vocab),
+            1.0,
+            chunk,
+        )
         each += [math.exp(-part.mean().item()) for part in flat.split(m.sum(1).tolist())]
     return sum(each) / len(each)
 
 
-def token_jsd(a: Loaded, b: Loaded, prompts: list[list[int]], ids: Tensor, mask: Tensor, chunk: int, budget: int) -> float:
+def token_jsd(
+    a: Loaded, b: Loaded, prompts: list[list[int]], ids: Tensor, mask: Tensor, chunk: int, budget: int
+) -> float:
     """Mean JSD per token of the given answers, chunk by chunk, in nats."""
     total, count = 0.0, 0
     a.model.eval(), b.model.eval()
@@ -121,15 +140,21 @@ def table(columns: dict[str, dict]) -> str:
     families = list(next(iter(columns.values()))["by_task"])
     lines = ["| family | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for f in families:
-        cells = [f"{c['by_task'][f]:5.1f} [{c['interval'][f][0]:.0f}, {c['interval'][f][1]:.0f}]" for c in columns.values()]
+        cells = [
+            f"{c['by_task'][f]:5.1f} [{c['interval'][f][0]:.0f}, {c['interval'][f][1]:.0f}]" for c in columns.values()
+        ]
         lines.append(f"| {f} | " + " | ".join(cells) + " |")
     lines.append("| **mean** | " + " | ".join(f"**{c['accuracy']:.1f}**" for c in columns.values()) + " |")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Held-out accuracy of any checkpoint, alone and with the reference; with --base also how far it has drifted from it."""
-    parser = argparse.ArgumentParser(prog="eval.py", description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """Held-out accuracy of any checkpoint, alone and with the reference; with --base also how far it has drifted from
+    it.
+    """
+    parser = argparse.ArgumentParser(
+        prog="eval.py", description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="short name, hub id, or folder (a run's --out)")
     parser.add_argument("--base", default="", help="measure drift against this model ('' = do not)")
     parser.add_argument("--size", type=int, default=100, help="held-out questions per family")
@@ -152,8 +177,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate(model: str, base: str, size: int, device: torch.device) -> dict:
     """Everything `python eval.py` prints, as one dict with a ready "table"."""
-    task, lm = tiny.load(test_size=size), load(model, device)
-    report = {"model": lm.name, "alone": measure(lm, task, task.test), "with_reference": measure(lm, task, task.test, True)}
+    task, lm = world.load(test_size=size), load(model, device)
+    report = {
+        "model": lm.name,
+        "alone": measure(lm, task, task.test),
+        "with_reference": measure(lm, task, task.test, True),
+    }
     report["ood"] = measure(lm, task, task.ood)
     columns = {"alone": report["alone"], "with reference": report["with_reference"]}
     text = table(columns) + "\n\nout of distribution\n" + table({"alone": report["ood"]})

@@ -1,7 +1,9 @@
 """losses.py - every scalar we minimise, as a formula.
 
-What: per-token divergences between a student and a teacher, the clip, and the two auxiliary losses of UniSD (arXiv 2605.06597).
-In:   log-probabilities, never logits: the fp32 upcast and the temperature happen once, in unisd.py.   Out: one value per token, in nats.
+What: per-token divergences between a student and a teacher, the clip, and the two auxiliary losses of UniSD (arXiv
+2605.06597).
+In:   log-probabilities, never logits: the fp32 upcast and the temperature happen once, in reading.py.
+Out:  one value per token, in nats.
 
     forward KL   D = KL(teacher || student)                            "cover whatever the teacher might say"
     reverse KL   D = KL(student || teacher)                            "say only what the teacher might say"
@@ -10,12 +12,14 @@ In:   log-probabilities, never logits: the fp32 upcast and the temperature happe
     contrast     max(0, margin + |l_student - l_positive| - |l_student - l_negative|)                       eq. 4-5
     features     mean over H of (f_student - f_teacher)^2                                                    eq. 6
 
-Not like the official code: the two KLs are *named*, they are not the end points alpha = 0 and 1 of the JSD. The JSD goes to 0 at both ends
-(only JSD/alpha goes to a KL), so a float that means "forward KL" at exactly 0 makes the loss jump by a factor of 1/alpha.
-We also never call torch's kl_div, whose arguments are reversed: KL is written out, so the direction can be read.
+Not like the official code: the two KLs are *named*, they are not the end points alpha = 0 and 1 of the JSD. The JSD
+goes to 0 at both ends (only JSD/alpha goes to a KL), so a float that means "forward KL" at exactly 0 makes the loss
+jump by a factor of 1/alpha. We also never call torch's kl_div, whose arguments are reversed: KL is written out, so the
+direction can be read.
 
 Depends on torch only.   Try it:  python -m pytest tests/test_losses.py -q
-Shapes: B sequences, T completion tokens, V vocabulary, H hidden size. "..." is any leading shape, for example (B, T) or (tokens,).
+Shapes: B sequences, T completion tokens, V vocabulary, H hidden size. "..." is any leading shape, for example (B, T) or
+(tokens,).
 """
 
 import math
@@ -34,8 +38,9 @@ def token_logps(logps: Tensor, ids: Tensor) -> Tensor:
 def kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) = sum_v p_v (log p_v - log q_v), from log-probabilities. (..., V), (..., V) -> (...).
 
-    A token that p rules out (log p = -inf) adds exactly 0, whatever q thinks of it: p log p -> 0. It is replaced *before* the
-    subtraction, because -inf - (-inf) is nan, and a nan that is masked afterwards still poisons the gradient.
+    A token that p rules out (log p = -inf) adds exactly 0, whatever q thinks of it: p log p -> 0. It is replaced
+    *before* the subtraction, because -inf - (-inf) is nan, and a nan that is masked afterwards still poisons the
+    gradient.
     """
     possible = p > -torch.inf
     log_ratio = p.masked_fill(~possible, 0.0) - q.masked_fill(~possible, 0.0)
@@ -43,7 +48,9 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student): mass-covering. Gradient on the student's logits: p_student - p_teacher, bounded. (..., V)x2 -> (...)."""
+    """KL(teacher || student): mass-covering. Gradient on the student's logits: p_student - p_teacher, bounded. (...,
+    V)x2 -> (...).
+    """
     return kl(teacher, student)
 
 
@@ -59,7 +66,9 @@ def jsd(student: Tensor, teacher: Tensor, alpha: float = 0.5) -> Tensor:
     Raises ValueError unless 0 < alpha < 1: at 0 and at 1 it is identically zero (use forward_kl or reverse_kl).
     """
     if not 0.0 < alpha < 1.0:
-        raise ValueError(f"alpha must lie strictly between 0 and 1 for the JSD, got {alpha}; for a KL use divergence forward or reverse")
+        raise ValueError(
+            f"alpha must lie strictly between 0 and 1 for the JSD, got {alpha}; for a KL use divergence forward or reverse"
+        )
     # A token both rule out is -inf twice, where logaddexp has no gradient (nan). -1e30 is as impossible, and finite.
     student, teacher = student.clamp(min=-1e30), teacher.clamp(min=-1e30)
     mixture = torch.logaddexp(student + math.log1p(-alpha), teacher + math.log(alpha))
@@ -67,9 +76,11 @@ def jsd(student: Tensor, teacher: Tensor, alpha: float = 0.5) -> Tensor:
 
 
 def clip_tokens(per_token: Tensor, ceiling: float | Tensor | None) -> Tensor:
-    """min(D, ceiling), eq. 9: beyond the ceiling the value is constant and the gradient is 0. None = no clipping. (...) -> (...).
+    """min(D, ceiling), eq. 9: beyond the ceiling the value is constant and the gradient is 0. None = no clipping. (...)
+    -> (...).
 
-    It comes after the sum over the vocabulary and before the weights. A static ceiling of ln 2 or more can never act on a JSD.
+    It comes after the sum over the vocabulary and before the weights. A static ceiling of ln 2 or more can never act on
+    a JSD.
     """
     if ceiling is None:
         return per_token
@@ -77,23 +88,29 @@ def clip_tokens(per_token: Tensor, ceiling: float | Tensor | None) -> Tensor:
 
 
 def quantile_ceiling(per_token: Tensor, mask: Tensor, q: float) -> Tensor:
-    """The ceiling as a quantile of the batch's own unmasked divergences, at least 1e-6, without gradient. (B, T)x2 -> ()."""
+    """The ceiling as a quantile of the batch's own unmasked divergences, at least 1e-6, without gradient. (B, T)x2 ->
+    ().
+    """
     return per_token.detach()[mask.bool()].quantile(q).clamp(min=1e-6)
 
 
 def contrastive(student: Tensor, positive: Tensor, negative: Tensor, margin: float) -> Tensor:
-    """Eq. 5: be nearer to the teacher who saw the right reference than to the one who saw a wrong one. (B, T)x3 -> (B, T).
+    """Eq. 5: be nearer to the teacher who saw the right reference than to the one who saw a wrong one. (B, T)x3 -> (B,
+    T).
 
-    Inputs are log-probs of the *sampled* token. With d+ = |student - positive|, d- = |student - negative|: max(0, margin + d+ - d-).
-    Only the student carries a gradient, sign(student - positive) - sign(student - negative): it is exactly 0 whenever the student
-    lies on the same side of both teachers. The hinge is 0 once the negative is further away than the positive by the margin.
+    Inputs are log-probs of the *sampled* token. With d+ = |student - positive|, d- = |student - negative|: max(0,
+    margin + d+ - d-). Only the student carries a gradient, sign(student - positive) - sign(student - negative): it is
+    exactly 0 whenever the student lies on the same side of both teachers. The hinge is 0 once the negative is further
+    away than the positive by the margin.
     """
     positive, negative = positive.detach(), negative.detach()
     return (margin + (student - positive).abs() - (student - negative).abs()).clamp(min=0.0)
 
 
 def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Eq. 6: squared distance of final-layer states (after the last norm), mean over H. (..., H)x2 -> (...), in fp32 or wider."""
+    """Eq. 6: squared distance of final-layer states (after the last norm), mean over H. (..., H)x2 -> (...), in fp32 or
+    wider.
+    """
     wide = torch.promote_types(student.dtype, torch.float32)
     return (student.to(wide) - teacher.detach().to(wide)).square().mean(-1)
 

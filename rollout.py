@@ -1,11 +1,14 @@
 """rollout.py - a model that answers: load it, sample from it, and know where an answer ends.
 
-What: on-policy completions y ~ p_student(. | x). Sampling is the library's job (Hugging Face `generate` with its KV cache); what is ours is
-the part that is easy to get wrong:
-  - the completion mask is 1 up to and *including* the first end-of-text token, whatever the pad token is. `ids != pad` would unlearn stopping
+What: on-policy completions y ~ p_student(. | x). Sampling is the library's job (Hugging Face `generate` with its KV
+cache); what is ours is the part that is easy to get wrong:
+  - the completion mask is 1 up to and *including* the first end-of-text token, whatever the pad token is. `ids != pad`
+  would unlearn stopping
     for every model whose pad token is its end token.
-  - *every* end-of-text id counts, those of the generation config included (Gemma ends a turn with an id its tokenizer does not call eos).
-  - a hub model's own sampling defaults (top-p, repetition penalty) are switched off: they would make the samples off-policy.
+  - *every* end-of-text id counts, those of the generation config included (Gemma ends a turn with an id its tokenizer
+  does not call eos).
+  - a hub model's own sampling defaults (top-p, repetition penalty) are switched off: they would make the samples
+  off-policy.
   - padded vocabulary is never sampled.
 
 Depends on torch and transformers.   Try it:  python -m pytest tests/test_rollout.py -q
@@ -36,7 +39,9 @@ SHORT = {  # short names; the id they stand for is printed and saved
 
 @dataclass
 class Loaded:
-    """A model that is ready to answer. `vocab` is the tokenizer's size: embeddings beyond it are padding and never get mass."""
+    """A model that is ready to answer. `vocab` is the tokenizer's size: embeddings beyond it are padding and never get
+    mass.
+    """
 
     model: nn.Module
     tokenizer: object
@@ -61,7 +66,9 @@ def completion_mask(ids: Tensor, eos: list[int]) -> Tensor:
 
 
 def left_pad(prompts: list[list[int]], device) -> tuple[Tensor, Tensor]:
-    """Prompts of any lengths -> ids and mask, (B, longest) each. On the left, so that every next token is the last column's."""
+    """Prompts of any lengths -> ids and mask, (B, longest) each. On the left, so that every next token is the last
+    column's.
+    """
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -71,7 +78,8 @@ def left_pad(prompts: list[list[int]], device) -> tuple[Tensor, Tensor]:
 def generate(
     lm: Loaded, prompts: list[list[int]], max_new_tokens: int, temperature: float, batch_size: int = 256
 ) -> tuple[Tensor, Tensor]:
-    """Sample (temperature > 0) or decode greedily (0). -> ids, mask (B, T), T the longest answer; ids after the end are the pad id.
+    """Sample (temperature > 0) or decode greedily (0). -> ids, mask (B, T), T the longest answer; ids after the end are
+    the pad id.
 
     Rows are answered in batches of similar prompt length; the order of the results is that of `prompts`.
     Raises ValueError if a prompt and its answer do not fit the model's context.
@@ -83,8 +91,12 @@ def generate(
             "lower --max-new-tokens, or shorten the prompts with --max-prompt-tokens"
         )
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.eos[0]
-    how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature > 0 else dict(do_sample=False)
-    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=lm.eos, pad_token_id=pad, use_cache=True, **how)
+    how = (
+        dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature > 0 else dict(do_sample=False)
+    )
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=lm.eos, pad_token_id=pad, use_cache=True, **how
+    )
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     rows: dict[int, Tensor] = {}
     with torch.no_grad(), answering(lm.model, config):
@@ -92,7 +104,10 @@ def generate(
             batch = order[start : start + batch_size]
             ids, mask = left_pad([prompts[i] for i in batch], lm.device)
             out = lm.model.generate(
-                input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([OnlyReal(lm.vocab)])
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([OnlyReal(lm.vocab)]),
             )
             rows.update(zip(batch, out[:, ids.shape[1] :], strict=True))
     width = max(len(r) for r in rows.values())
@@ -100,7 +115,8 @@ def generate(
     for i, r in rows.items():
         ids[i, : len(r)] = r
     mask = completion_mask(ids, lm.eos)
-    # A batch that ended early leaves pad ids in rows cut by max_new_tokens too; only tokens that were generated may count.
+    # A batch that ended early leaves pad ids in rows cut by max_new_tokens too; only tokens that were generated may
+    # count.
     written = torch.tensor([len(rows[i]) for i in range(len(prompts))], device=lm.device)
     return ids, mask * (torch.arange(width, device=lm.device) < written.unsqueeze(1))
 
@@ -119,10 +135,11 @@ class OnlyReal(LogitsProcessor):
 
 @contextmanager
 def answering(model: nn.Module, config: GenerationConfig):
-    """Evaluation mode (no dropout, no gradient checkpointing, which would forbid the KV cache), and no sampling defaults of the hub's.
+    """Evaluation mode (no dropout, no gradient checkpointing, which would forbid the KV cache), and no sampling
+    defaults of the hub's.
 
-    The model's own generation config is set aside, not only overridden: `generate` fills what a given config leaves at its default from
-    the model's, so Qwen's top_p and repetition penalty would come back in.
+    The model's own generation config is set aside, not only overridden: `generate` fills what a given config leaves at
+    its default from the model's, so Qwen's top_p and repetition penalty would come back in.
     """
     was_training, own = model.training, model.generation_config
     model.eval()
@@ -136,7 +153,9 @@ def answering(model: nn.Module, config: GenerationConfig):
 
 def decode(lm: Loaded, ids: Tensor, mask: Tensor) -> list[str]:
     """The text of each completion, without end-of-text and padding."""
-    return [lm.tokenizer.decode(row[m.bool()], skip_special_tokens=True).strip() for row, m in zip(ids, mask, strict=True)]
+    return [
+        lm.tokenizer.decode(row[m.bool()], skip_special_tokens=True).strip() for row, m in zip(ids, mask, strict=True)
+    ]
 
 
 def end_ids(model: nn.Module, tokenizer) -> list[int]:
@@ -168,11 +187,19 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
         raise ValueError(explain_missing(name, where, error)) from error
     eos, vocab, rows = end_ids(model, tokenizer), len(tokenizer), model.get_input_embeddings().weight.shape[0]
     if not tokenizer.chat_template:
-        raise ValueError(f"--model {name}: its tokenizer has no chat template; use an instruct model, or set tokenizer.chat_template and save it")
+        raise ValueError(
+            f"--model {name}: its tokenizer has no chat template; use an instruct model, or set tokenizer.chat_template and save it"
+        )
     if rows < vocab:
-        raise ValueError(f"--model {name}: {rows} embeddings but {vocab} tokens in the tokenizer; call model.resize_token_embeddings({vocab}) and save it")
+        raise ValueError(
+            f"--model {name}: {rows} embeddings but {vocab} tokens in the tokenizer; "
+            f"call model.resize_token_embeddings({vocab}) and save it"
+        )
     if not eos:
-        raise ValueError(f"--model {name}: no end-of-text id in its tokenizer or generation config, so an answer would never end; set eos_token_id")
+        raise ValueError(
+            f"--model {name}: no end-of-text id in its tokenizer or generation config, so an answer would never end; "
+            "set eos_token_id"
+        )
     return Loaded(model.to(device), tokenizer, eos, vocab, where)
 
 
@@ -189,4 +216,7 @@ def explain_missing(name: str, where: str, error: Exception) -> str:
         return f"--model {name}: {where} is gated; accept its licence on its hub page, then run `hf auth login`"
     if "404" in text or "not a valid model identifier" in text:
         return f"--model {name}: no folder and no hub model of that name ({where}); short names are {', '.join(SHORT)}"
-    return f"--model {name}: {where} is not cached here and the hub cannot be reached; connect once, or give a local folder (--model tiny needs neither)"
+    return (
+        f"--model {name}: {where} is not cached here and the hub cannot be reached; connect once, "
+        "or give a local folder (--model tiny needs neither)"
+    )

@@ -1,24 +1,24 @@
 """sandbox.py - run a stranger's (a language model's) Python against test statements, and survive.
 
-One *helper* per batch, a clean interpreter, forks a *judge* per job, which runs the tests and forks the *program*. Between
+A *helper* (one clean interpreter per batch) forks a *judge* per job, which runs the tests and forks the *program*. Between
 these two only plain data (numbers, text, lists, dicts ...) crosses a pipe: the judge asks "call f with 1" and hears "8"; all
 else stays in the program and goes by a number. So == compares what the judge decoded, and the program never holds a test, an
-expected value or anything that means "passed": there is no verdict in it to forge.
+expected value, or anything that means "passed": there is no verdict in it to forge.
 
 Not like the official code, which calls exec() in the scoring process behind an alarm: there sys.exit() ends the evaluation,
 `while True: try ... except Exception` swallows the alarm for ever, an object whose __eq__ is always True passes, and nothing
 limits memory, files, network or processes.
 
-Protected on Linux, alike as root, as a user and in a container: files (Landlock: it reads Python and the system's libraries
-and writes one private folder), network, other processes and starting any (a system-call filter), the environment (empty),
-time, memory, file size, threads (limits); root is given up. Namespaces would hide more, but containers and Ubuntu refuse
-them, and where they are refused one needs all of this anyway. `describe()` tries attacks and tells what is blocked *here*:
-without Landlock (Linux < 5.13) only the change of uid guards files, for root alone; on macOS only the limits remain.
+Protected on Linux, alike as root, as a user and in a container: files (Landlock: read Python and the system's libraries, write
+one private folder), network, other processes and starting any (a system-call filter), the environment (empty), time, memory,
+file size, threads (limits); root is given up. Namespaces would hide more, but containers and Ubuntu refuse them, and then one
+needs all this anyway. `describe()` tries attacks and tells what is blocked *here*: before Linux 5.13 only the change of uid
+guards files, for root alone; on macOS only the limits remain.
 
 Not protected: the kernel, so this is no boundary for hostile code from the internet (use a VM); many small files can fill a
-disk; the jobs of one ordinary user share their allowance of threads. A program answers for its own objects (`if f(x)`,
-`Node(1).left`), but == with one raises unless it is plain data at heart (a list's subclass). It may know a public benchmark
-by heart. Tests cannot hand lambdas to a program, subclass or `except` its classes, or use `f(x) is x`.
+disk; the jobs of an ordinary user share one allowance of threads. A program answers for its own objects (`if f(x)`,
+`Node(1).left`), but == with one raises unless it is plain data at heart (a list's subclass). It may know a public benchmark by
+heart. Tests cannot give lambdas to the program, subclass or `except` its classes, or use `f(x) is x`.
 
 Standard library only.   Try it:  python sandbox.py   (tries the attacks here)   python -m pytest tests/test_sandbox.py -q
 """
@@ -27,10 +27,6 @@ import ast
 import builtins
 import contextlib
 import ctypes
-import datetime
-import decimal
-import functools
-import importlib
 import io
 import json
 import operator
@@ -38,9 +34,10 @@ import os
 import pickle
 import signal
 import struct
+import subprocess
 import sys
+import tempfile
 import types
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -60,10 +57,14 @@ class Limits:
 @dataclass(frozen=True)
 class Verdict:
     passed: bool
-    reason: str  # one printable line, at most 200 characters: "passed", "assertion failed: ...", "timeout", "error: ..."
+    reason: (
+        str  # one printable line, at most 200 characters: "passed", "assertion failed: ...", "timeout", "error: ..."
+    )
 
 
-def run_tests(jobs: Sequence[tuple[str, Sequence[str]]], limits: Limits = Limits(), progress: bool = False) -> list[Verdict]:
+def run_tests(
+    jobs: Sequence[tuple[str, Sequence[str]]], limits: Limits = Limits(), progress: bool = False
+) -> list[Verdict]:
     """Run each (program, test statements); verdicts in the same order. A job can fail only itself, never another.
 
     Tests run in order and share their names; a name they do not define is the program's. No tests: not passed.
@@ -71,9 +72,6 @@ def run_tests(jobs: Sequence[tuple[str, Sequence[str]]], limits: Limits = Limits
     """
     if not hasattr(os, "fork"):
         raise NotImplementedError("the sandbox needs fork(): use Linux, macOS, or WSL on Windows")
-    import subprocess  # not above: the helper imports this file too, and must start quickly
-    import tempfile
-
     verdicts = [Verdict(False, "error: the sandbox helper died")] * len(jobs)
     home = tempfile.mkdtemp(prefix="sandbox-")
     os.chmod(home, 0o711)  # jobs with another uid must be able to pass through
@@ -101,7 +99,7 @@ def run_tests(jobs: Sequence[tuple[str, Sequence[str]]], limits: Limits = Limits
                         if progress:
                             print(f"\rsandbox {done}/{len(jobs)} jobs", end="", file=sys.stderr, flush=True)
                 finally:
-                    helper.kill()  # for Ctrl-C; all its children ask the kernel to die with it
+                    helper.kill()  # for Ctrl-C; judges and programs ask the kernel to die with it
     finally:
         subprocess.run(["rm", "-rf", home])  # not shutil.rmtree: a program may nest folders deeper than Python recurses
     return verdicts
@@ -133,16 +131,16 @@ def _serve() -> None:
     order = json.loads(sys.stdin.buffer.readline())
     limits, waiting, running = Limits(**order["limits"]), list(enumerate(order["places"]))[::-1], {}
     out, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(null, 1)
+    for fd in 0, 1, 2:
+        os.dup2(null, fd)
     os.environ.clear()
     for name in PRELOAD.split():  # what many programs import: cheaper once here than once per job
-        importlib.import_module(name)
-    slots, uid, threads = list(range(os.cpu_count() or 1)), None, limits.processes
+        __import__(name)
+    slots, uid, threads = list(range(os.cpu_count() or 1)), 0, limits.processes
     if os.geteuid() == 0:
         uid = 0x40000000 + os.getpid() % 0x100000 * 1024  # + slot: nobody else's
     elif LINUX:  # RLIMIT_NPROC counts all threads of the user; this counts those of all users, which is near enough
-        threads += 2 * len(slots) + int(open("/proc/loadavg").read().split()[3].split("/")[1])
+        threads += 2 * len(slots) + int(open("/proc/loadavg").read().split("/")[1].split()[0])
     if LINUX:
         _c("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the caller
         _c("prctl", 36, 1)  # PR_SET_CHILD_SUBREAPER: when a judge dies, its program becomes our child
@@ -152,9 +150,7 @@ def _serve() -> None:
             slot, (hear, tell) = slots.pop(), os.pipe()
             judge = os.fork()
             if judge == 0:
-                os.dup2(null, 2)
-                enter = functools.partial(_enter, limits, threads, uid and uid + slot, order["home"])
-                _judge(limits, enter, order["spool"], place, tell)
+                _judge(limits, (limits, threads, uid and uid + slot, order["home"]), order["spool"], place, tell)
             os.close(tell)
             running[judge] = index, slot, hear
         pid, status = os.wait()
@@ -162,10 +158,9 @@ def _serve() -> None:
             index, slot, hear = running.pop(pid)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)  # the program, which the filter keeps in the judge's process group
-            verdict = os.read(hear, 65536)
+            verdict, code = os.read(hear, 65536), os.waitstatus_to_exitcode(status)
             os.close(hear)
             slots.append(slot)
-            code = os.waitstatus_to_exitcode(status)
             lost = [False, "timeout" if code in (-signal.SIGALRM, -signal.SIGXCPU) else f"killed: the judge, {code}"]
             os.write(out, json.dumps([index, *(json.loads(verdict) if verdict else lost)]).encode() + b"\n")
 
@@ -173,15 +168,14 @@ def _serve() -> None:
 # --- the cage: judge and program give up what they do not need, for good ---------------------------------------------
 
 READABLE = "/lib /lib64 /usr/lib /usr/lib64 /usr/local/lib /nix/store /etc/ld.so.cache /dev/null /dev/urandom /dev/zero"
-# System calls that reach beyond the process and that Landlock leaves alone: their numbers on x86_64 and aarch64.
+# System calls that reach beyond the process, and that Landlock leaves alone: their numbers on x86_64 and aarch64.
 DENIED = """fork 57 -1 vfork 58 -1 execve 59 221 execveat 322 281 kill 62 129 tkill 200 130 tgkill 234 131 socket 41 198
 rt_sigqueueinfo 129 138 rt_tgsigqueueinfo 297 240 pidfd_open 434 434 setsid 112 157 setpgid 109 154 ptrace 101 117
-process_vm_readv 310 270 process_vm_writev 311 271 process_madvise 440 440 prlimit64 302 261 setpriority 141 140
-sched_setaffinity 203 122 sched_setscheduler 144 119 sched_setparam 142 118 sched_setattr 314 274 ioprio_set 251 30
-unshare 272 97 setns 308 268 io_uring_setup 425 425 shmget 29 194 semget 64 190 msgget 68 186 mq_open 240 180 bpf 321 280
-memfd_create 319 279 userfaultfd 323 282 perf_event_open 298 241 keyctl 250 219 add_key 248 217 request_key 249 218
-truncate 76 45 chmod 90 -1 fchmodat 268 53 fchmodat2 452 452 chown 92 -1 lchown 94 -1 fchownat 260 54 utime 132 -1
-utimes 235 -1 futimesat 261 -1 utimensat 280 88 setxattr 188 5 lsetxattr 189 6 removexattr 197 14 lremovexattr 198 15"""
+process_vm_readv 310 270 process_vm_writev 311 271 process_madvise 440 440 prlimit64 302 261 io_uring_setup 425 425
+unshare 272 97 setns 308 268 shmget 29 194 semget 64 190 msgget 68 186 mq_open 240 180 memfd_create 319 279 bpf 321 280
+userfaultfd 323 282 perf_event_open 298 241 keyctl 250 219 add_key 248 217 request_key 249 218 truncate 76 45 prctl 157 167
+chmod 90 -1 fchmodat 268 53 fchmodat2 452 452 chown 92 -1 lchown 94 -1 fchownat 260 54 utime 132 -1 utimes 235 -1
+futimesat 261 -1 utimensat 280 88 setxattr 188 5 lsetxattr 189 6 removexattr 197 14 lremovexattr 198 15"""
 
 
 def _c(name: str, *args) -> int:
@@ -192,8 +186,8 @@ def _c(name: str, *args) -> int:
     return result
 
 
-def _enter(limits: Limits, threads: int, uid: int | None, home: str) -> None:
-    """Limits, then another uid if we are root, then Landlock, then the filter: each step takes away what the last needed."""
+def _enter(limits: Limits, threads: int, uid: int, home: str) -> None:
+    """Limits, then another uid if we are root, then Landlock, then the filter: each takes away what the last one needed."""
     import resource  # absent on Windows
 
     folder = f"{home}/{os.getpid()}"
@@ -203,8 +197,10 @@ def _enter(limits: Limits, threads: int, uid: int | None, home: str) -> None:
     cpu, memory, size = limits.cpu_seconds, limits.memory_mb << 20, limits.file_mb << 20
     for name, value in dict(AS=memory, FSIZE=size, CPU=cpu, NPROC=threads, NOFILE=64, CORE=0).items():
         with contextlib.suppress(ValueError, OSError):  # macOS refuses AS
-            resource.setrlimit(vars(resource)[f"RLIMIT_{name}"], (value, value + (name == "CPU")))  # SIGXCPU, then SIGKILL
-    if uid is not None:
+            resource.setrlimit(
+                vars(resource)[f"RLIMIT_{name}"], (value, value + (name == "CPU"))
+            )  # SIGXCPU, then SIGKILL
+    if uid:
         os.chown(folder, uid, uid)
         if LINUX:
             _c("prctl", 8, 1)  # PR_SET_KEEPCAPS
@@ -215,45 +211,56 @@ def _enter(limits: Limits, threads: int, uid: int | None, home: str) -> None:
         for option, value in (4, 0), (1, signal.SIGKILL), (38, 1):  # PR_SET_DUMPABLE, _PDEATHSIG, _NO_NEW_PRIVS
             _c("prctl", option, value, 0, 0, 0)
         landlock = _landlock(folder)
-        # Python below /root (0700) is closed to other users. CAP_DAC_OVERRIDE opens it; Landlock still closes the rest.
+        # A Python below /root (0700) is closed to other users. CAP_DAC_OVERRIDE opens it; Landlock keeps the rest closed.
         capabilities = 2 if uid and landlock and not os.access(os.__file__, os.R_OK) else 0
         _c("capset", struct.pack("Ii", 0x20080522, 0), struct.pack("6I", capabilities, capabilities, 0, 0, 0, 0))
         _filter()
 
 
 def _landlock(folder: str) -> bool:
-    """Files: write only below `folder`, read only Python and the system's libraries. -> False if the kernel has no Landlock."""
-    try:
-        abi = _c("syscall", 444, None, 0, 1)  # which rights it knows: 13, then one for moving and one for truncating files
-    except OSError:
-        return False
-    every = (1 << min(12 + abi, 15)) - 1
-    handled = struct.pack("3Q", every, 3, 3)[: 8 if abi < 4 else 16 if abi < 6 else 24]  # TCP; abstract sockets and signals
-    rules = _c("syscall", 444, handled, len(handled), 0)
-    read_only = {*READABLE.split(), f"{sys.base_prefix}/lib", os.path.dirname(os.__file__)}
-    for path, rights in [(folder, every), *((path, 12 if os.path.isdir(path) else 6) for path in read_only)]:
-        with contextlib.suppress(FileNotFoundError):
+    """Files: write only below `folder`, read only Python and the system's libraries. False: the kernel has no Landlock."""
+    with contextlib.suppress(OSError):
+        abi = _c("syscall", 444, None, 0, 1)
+        every = (1 << min(12 + abi, 15)) - 1  # 13 rights at first, then one for moving files, then one for truncating
+        handled = struct.pack("3Q", every, 3, 3)[: 8 if abi < 4 else 16 if abi < 6 else 24]  # TCP; signals, sockets
+        rules = _c("syscall", 444, handled, len(handled), 0)
+        read_only = {*READABLE.split(), f"{sys.base_prefix}/lib", os.path.dirname(os.__file__)}
+        for path in filter(os.path.exists, [folder, *read_only]):
+            rights = every if path == folder else 12 if os.path.isdir(path) else 6  # 2 write, 4 read a file, 8 a folder
             fd = os.open(path, os.O_PATH)
             _c("syscall", 445, rules, 1, struct.pack("=QI", rights, fd), 0)
             os.close(fd)
-    _c("syscall", 446, rules, 0)
-    os.close(rules)
-    return True
+        _c("syscall", 446, rules, 0)
+        os.close(rules)
+        return True
+    return False
 
 
 def _filter() -> None:
-    """The kernel answers EPERM to DENIED, and to the few calls that depend on an argument. Unknown machine: no filter."""
-    column = {"x86_64": 0, "aarch64": 1}.get(os.uname().machine)
-    if column is None:
+    """The kernel answers EPERM to DENIED, and to calls that depend on an argument. On an unknown machine: no filter."""
+    machine = {"x86_64": 0, "aarch64": 1}.get(os.uname().machine)
+    if machine is None:
         return
-    load, equal, any_bit, at_least, end = 0x20, 0x15, 0x45, 0x35, 6  # classic BPF; a jump skips that many lines
-    allow, deny, no_such_call, again = 0x7FFF0000, 0x50001, 0x50026, 0x5000B
-    code = [(load, 0, 0, 4), (equal, 1, 0, (0xC000003E, 0xC00000B7)[column]), (end, 0, 0, deny), (load, 0, 0, 0)]
-    code += [(at_least, 0, 1, 0x40000000), (end, 0, 0, deny)]  # 32-bit calls
-    code += [(equal, 0, 1, 435), (end, 0, 0, no_such_call)]  # clone3: its flags cannot be seen; libc falls back to clone
-    for number in DENIED.split()[1 + column :: 3]:
+    load, equal, bit, least, end = 0x20, 0x15, 0x45, 0x35, 6  # classic BPF: (what, lines to skip if so, if not, value)
+    allow, deny = 0x7FFF0000, 0x50001
+    code = [(load, 0, 0, 4), (equal, 1, 0, (0xC000003E, 0xC00000B7)[machine]), (end, 0, 0, deny), (load, 0, 0, 0)]
+    code += [(least, 0, 1, 0x40000000), (end, 0, 0, deny)]  # these two lines: no 32-bit calls
+    for number in DENIED.split()[1 + machine :: 3]:
         code += [(equal, 0, 1, int(number) & 0xFFFFFFFF), (end, 0, 0, deny)]
-    code += [(equal, 0, 4, (56, 220)[column]), (load, 0, 0, 16), (any_bit, 0, 1, 0x10000)]  # clone: only threads
-    code += [(end, 0, 0, allow), (end, 0, 0, again)]
-    code += [(equal, 0, 3, (157, 167)[column]), (load, 0, 0, 16), (equal, 0, 1, 1), (end, 0, 0, deny)]  # prctl PDEATHSIG
-    ...
+    code += [(equal, 0, 1, 435), (end, 0, 0, 0x50026)]  # clone3 hides its flags: "no such call", so libc takes clone
+    code += [
+        (equal, 0, 3, (56, 220)[machine]),
+        (load, 0, 0, 16),
+        (bit, 1, 0, 0x10000),
+        (end, 0, 0, deny),
+    ]  # threads only
+    code += [
+        (load, 0, 0, 0),
+        (equal, 0, 3, (72, 25)[machine]),
+        (load, 0, 0, 24),
+        (bit, 0, 1, 8),
+        (end, 0, 0, deny),
+    ]  # fcntl
+    code = b"".join(struct.pack("HBBI", *line) for line in [*code, (end, 0, 0, allow)])
+    buffer = ctypes.create_string_buffer(code)
+    _c("prctl", 22, 2, struct.pack("HP", len(code) // 8, ctypes.addressof(buffer)))  # PR_SET_SECCOMP

@@ -4,12 +4,13 @@
     python train.py --recipe ema --clip 2.0          any row of the paper's table, any mechanism on top
     python train.py --out runs/mine --resume         go on where a run was stopped
 
-What is the method stands under the five banners in `train`; everything else is plumbing: the run's folder, checkpoints, tables.
-`--out` receives log.jsonl (a row a step), curves.png, the trained model as a Hugging Face checkpoint, summary.json, and checkpoint-<step>/.
+What is the method stands under the five banners in `train`; everything else is plumbing: the run's folder, checkpoints,
+tables. `--out` receives log.jsonl (a row a step), curves.png, the trained model as a Hugging Face checkpoint,
+summary.json, and checkpoint-<step>/.
 
-Not like the official code: one denominator per optimizer step, so the gradient does not depend on the micro-batch; the EMA teacher, the
-data cursor and every random state are in the checkpoint, so a resumed run equals an uninterrupted one bit for bit.
-Depends on config, unisd, ema, rollout, data, contexts, tiny, eval, checkpoint.
+Not like the official code: one denominator per optimizer step, so the gradient does not depend on the micro-batch; the
+EMA teacher, the data cursor and every random state are in the checkpoint, so a resumed run equals an uninterrupted one
+bit for bit. Depends on config, unisd, ema, rollout, data, contexts, tiny, eval, checkpoint.
 """
 
 import json
@@ -26,13 +27,14 @@ from torch import Tensor
 import checkpoint
 import contexts
 import eval as evaluation
-import tiny
+import world
 from config import SETTINGS, Config, parse
 from data import Task, chat_ids, context_message, fit_prompt, teacher_message
 from ema import EMA, half_life
 from losses import quantile_ceiling
-from rollout import Loaded, decode, generate, load, turn_end
-from unisd import Batch, Targets, chunks, divergence_now, head_of, read, score_teachers, unisd_loss
+from reading import chunks, head_of, read
+from rollout import Loaded, generate, load, turn_end
+from unisd import Batch, Targets, divergence_now, score_teachers, unisd_loss
 from watch import Watch, curves
 
 
@@ -59,7 +61,8 @@ def train(run: Run, log, watch: Watch) -> None:
     cfg, model = run.cfg, run.lm.model
     parameters = [p for p in model.parameters() if p.requires_grad]
     while run.step < cfg.steps and not watch.stop:
-        # --- 1. sample: the student answers, alone ---------------------------------------------------------------------------------
+        # --- 1. sample: the student answers, alone
+        # ---------------------------------------------------------------------------------
         clock = Clock(run.lm.device)
         chosen = order(len(run.task.train), cfg.seed, run.step * cfg.batch, cfg.batch)
         p = [prompts_of(run, i) for i in chosen]
@@ -74,14 +77,18 @@ def train(run: Run, log, watch: Watch) -> None:
         )
         clock.lap("sampling")
 
-        # --- 2. score: the teachers re-read the same tokens (no gradient). Before the student's pass: they borrow its weights --------
+        # --- 2. score: the teachers re-read the same tokens (no gradient). Before the student's pass: they borrow its
+        # weights --------
         with autocast(run):
             t = score_teachers(model, run.teacher, batch, run.lm.vocab, cfg)
             if cfg.clip_quantile:
-                t.ceiling = quantile_ceiling(divergence_now(model, t, run.lm.vocab, cfg, cfg.micro_batch), mask, cfg.clip_quantile)
+                t.ceiling = quantile_ceiling(
+                    divergence_now(model, t, run.lm.vocab, cfg, cfg.micro_batch), mask, cfg.clip_quantile
+                )
         clock.lap("scoring")
 
-        # --- 3. loss: divergence, weights, contrast, features; micro-batches of one sum (unisd.py) -----------------------------------
+        # --- 3. loss: divergence, weights, contrast, features; micro-batches of one sum (unisd.py)
+        # -----------------------------------
         model.train()
         values, loss = [], torch.zeros((), device=run.lm.device)
         for rows in chunks(cfg.batch, cfg.micro_batch):
@@ -93,7 +100,8 @@ def train(run: Run, log, watch: Watch) -> None:
             values.append(each)
         norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_norm)
 
-        # --- 4. update: AdamW, then, every few steps, the slow teacher ----------------------------------------------------------------
+        # --- 4. update: AdamW, then, every few steps, the slow teacher
+        # ----------------------------------------------------------------
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(checkpoint.save_bad_batch(run, batch, loss.item(), norm.item()))
         for group in run.optimizer.param_groups:
@@ -106,7 +114,8 @@ def train(run: Run, log, watch: Watch) -> None:
             run.average.update(model)
         clock.lap("update")
 
-        # --- 5. log: one row, now and then a sample, a measurement, a checkpoint ------------------------------------------------------
+        # --- 5. log: one row, now and then a sample, a measurement, a checkpoint
+        # ------------------------------------------------------
         row = summarise(run, t, values, loss.item(), norm.item()) | clock.seconds
         watch.after_step(run, row, batch)
         log.write(json.dumps(row) + "\n")
@@ -116,7 +125,9 @@ def train(run: Run, log, watch: Watch) -> None:
 
 
 def order(n: int, seed: int, start: int, count: int) -> list[int]:
-    """The `count` example numbers from position `start` on: one shuffled epoch after another. A pure function, so the cursor is one number."""
+    """The `count` example numbers from position `start` on: one shuffled epoch after another. A pure function, so the
+    cursor is one number.
+    """
     out = []
     while len(out) < count:
         epoch, at = divmod(start + len(out), n)
@@ -130,8 +141,12 @@ def prompts_of(run: Run, i: int) -> dict:
     if i not in run.prompts:
         cfg, e, tok, words = run.cfg, run.task.train[i], run.lm.tokenizer, run.task.wording
         student, _ = fit_prompt(tok, lambda _: e.question, "", cfg.max_prompt_tokens)
-        with_ref = lambda ref: fit_prompt(tok, lambda r: teacher_message(words, e.question, r), ref, cfg.max_prompt_tokens)[0]  # noqa: E731
-        shown = contexts.random_demos(run.task.train, i, cfg.contexts, cfg.demos, cfg.seed) if cfg.uses_agreement else []
+        with_ref = lambda ref: fit_prompt(
+            tok, lambda r: teacher_message(words, e.question, r), ref, cfg.max_prompt_tokens
+        )[0]
+        shown = (
+            contexts.random_demos(run.task.train, i, cfg.contexts, cfg.demos, cfg.seed) if cfg.uses_agreement else []
+        )
         run.prompts[i] = {
             "student": student,
             "teacher": with_ref(e.reference) if cfg.uses_teacher else [],
@@ -142,7 +157,9 @@ def prompts_of(run: Run, i: int) -> dict:
 
 
 def write_answers(run: Run, prompts: list[list[int]], chosen: list[int]) -> tuple[Tensor, Tensor]:
-    """The completions of a step: sampled on-policy, sampled from the frozen base (ssd), or the references (sft; a share of the steps in gkd)."""
+    """The completions of a step: sampled on-policy, sampled from the frozen base (ssd), or the references (sft; a share
+    of the steps in gkd).
+    """
     cfg, lm = run.cfg, run.lm
     coin = torch.rand((), generator=torch.Generator().manual_seed(cfg.seed * 1_000_003 + run.step)).item()
     if coin < cfg.on_policy:
@@ -197,7 +214,8 @@ def summarise(run: Run, t: Targets, values: list[dict], loss: float, norm: float
     return row
 
 
-# --- plumbing: build a run, measure before and after, write it all down -------------------------------------------------------------------
+# --- plumbing: build a run, measure before and after, write it all down
+# -------------------------------------------------------------------
 
 
 def choose_device(cfg: Config) -> tuple[torch.device, str]:
@@ -205,7 +223,9 @@ def choose_device(cfg: Config) -> tuple[torch.device, str]:
     reason = "given"
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        reason = {"cuda": "a CUDA device is there", "mps": "an Apple GPU is there", "cpu": "no GPU is there"}[cfg.device]
+        reason = {"cuda": "a CUDA device is there", "mps": "an Apple GPU is there", "cpu": "no GPU is there"}[
+            cfg.device
+        ]
     device = torch.device(cfg.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {cfg.device}: no CUDA device is there; use --device cpu or auto")
@@ -213,12 +233,17 @@ def choose_device(cfg: Config) -> tuple[torch.device, str]:
     why = "given"
     if cfg.dtype == "auto":
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        cfg.dtype, why = ("bf16", "the device has it; weights stay fp32") if bf16 else ("fp32", "bf16 would not be faster here")
-    return device, f"device {device} ({name}: {reason}) | matmul {cfg.dtype} ({why}) | torch {torch.__version__} | seed {cfg.seed}"
+        cfg.dtype, why = (
+            ("bf16", "the device has it; weights stay fp32") if bf16 else ("fp32", "bf16 would not be faster here")
+        )
+    return (
+        device,
+        f"device {device} ({name}: {reason}) | matmul {cfg.dtype} ({why}) | torch {torch.__version__} | seed {cfg.seed}",
+    )
 
 
 def load_task(cfg: Config) -> Task:
-    return tiny.load(cfg.train_size, cfg.eval_size, cfg.wrong_references, cfg.seed)
+    return world.load(cfg.train_size, cfg.eval_size, cfg.wrong_references, cfg.seed)
 
 
 def start(cfg: Config) -> Run:
@@ -229,10 +254,15 @@ def start(cfg: Config) -> Run:
     task = load_task(cfg)
     lm = load(cfg.model, device)
     model = lm.model
-    print(f"model {lm.name} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters) | data {task.name} ({len(task.train)} questions, {task.fingerprint()})")
+    print(
+        f"model {lm.name} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters) | "
+        f"data {task.name} ({len(task.train)} questions, {task.fingerprint()})"
+    )
     if cfg.grad_checkpointing:
         model.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda"
+    )
     average = EMA(model, cfg.ema_decay) if cfg.teacher == "ema" and cfg.uses_teacher else None
     needs_base = (cfg.teacher == "frozen" and cfg.uses_teacher) or cfg.sampler == "base"
     run = Run(cfg, lm, task, optimizer, average, EMA(model, 1.0) if needs_base else None, prompts={})
@@ -283,17 +313,22 @@ def finish(run: Run, out: Path, before: dict, ceiling: dict, ood: dict, begun: f
     moved = evaluation.drift(lm, load(cfg.model, lm.device), task, task.test) if cfg.steps else evaluation.NO_DRIFT
     checkpoint.save_final(run)
     curves(out / "log.jsonl", out / "curves.png", f"{cfg.recipe}, {lm.name.split('/')[-1]}, seed {cfg.seed}")
-    pick = lambda m: {k: m[k] for k in ("accuracy", "by_task", "interval", "length", "eos")} if m else {}  # noqa: E731
+    pick = lambda m: {k: m[k] for k in ("accuracy", "by_task", "interval", "length", "eos")} if m else {}
     summary = {"model": lm.name, "recipe": cfg.recipe, "seed": cfg.seed, "steps": run.step}
     summary |= {"seconds": round(time.perf_counter() - begun, 1), "before": pick(before), "after": pick(after) | moved}
-    summary |= {"ceiling": pick(ceiling), "ood": {"before": pick(ood), "after": pick(ood_after)}, "data": task.fingerprint()}
+    summary |= {
+        "ceiling": pick(ceiling),
+        "ood": {"before": pick(ood), "after": pick(ood_after)},
+        "data": task.fingerprint(),
+    }
     checkpoint.write_json(out / "summary.json", summary)
     print("\n" + evaluation.table({"before": before, "after": after, "ceiling (base with reference)": ceiling}))
     if ood:
         print("\nout of distribution\n" + evaluation.table({"before": ood, "after": ood_after}))
     print(
-        f"\nmean held-out accuracy {before['accuracy']:.1f} -> {after['accuracy']:.1f} (ceiling {ceiling['accuracy']:.1f}) | "
-        f"JSD to base {moved['jsd_to_base']:.4f} nats | retention PPL {moved['retention_ppl']:.2f} | {summary['seconds']:.0f} s | {out}"
+        f"\nmean held-out accuracy {before['accuracy']:.1f} -> {after['accuracy']:.1f} "
+        f"(ceiling {ceiling['accuracy']:.1f}) | JSD to base {moved['jsd_to_base']:.4f} nats | "
+        f"retention PPL {moved['retention_ppl']:.2f} | {summary['seconds']:.0f} s | {out}"
     )
     return summary
 

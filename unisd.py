@@ -1,20 +1,22 @@
 """unisd.py - the method: several readings of one answer -> one scalar and its parts.
 
-What: a student wrote an answer. It is read again by the student (question alone), by the teacher (question + reference), by the teacher under
-K other contexts (agreement) and by the teacher who was given a wrong reference (contrast). UniSD (arXiv 2605.06597), eq. 1 and 9:
+What: a student wrote an answer. It is read again by the student (question alone), by the teacher (question +
+reference), by the teacher under K other contexts (agreement) and by the teacher who was given a wrong reference
+(contrast). UniSD (arXiv 2605.06597), eq. 1 and 9:
 
     L = sum_t c_t min(D_t, kappa)  +  sum_t a_t (w_contrast C_t + w_match F_t + w_nll N_t)
-    c_t = m_t w_t / sum m w  (reliability weights, agreement.py)        a_t = m_t / sum m        (both over the whole optimizer step)
+    c_t = m_t w_t / sum m w     a_t = m_t / sum m     (sums over the whole optimizer step; w from agreement.py)
 
-D divergence, C contrast, F features (losses.py), N = -log p_student(y_t) for the cross-entropy baselines, m the completion mask.
-The coefficients are known before the first backward, so the gradient cannot depend on how a step is split into micro-batches.
+D divergence, C contrast, F features (losses.py), N = -log p_student(y_t) for the cross-entropy baselines, m the
+completion mask. The coefficients are known before the first backward, so the gradient cannot depend on how a step is
+split into micro-batches.
 
-Memory: models are read as *hidden states* (tokens, H). The vocabulary head is applied here, `chunk` tokens at a time, and each chunk's gradient is
-taken before the next, so no tensor of B*T*V ever exists. There is no second, "efficient" version that could drift from this one.
-Not like the official code: one path instead of 7-15 tensors of B*T*V; the sampling temperature does not rescale the loss.
+Not like the official code: the sampling temperature does not rescale the loss, each mechanism composes with every
+other, and what is off is not computed. How tokens become log-probabilities without a tensor of B*T*V is in reading.py.
 
-Depends on torch, losses.py, agreement.py.   Try it:  python -m pytest tests/test_unisd.py -q
-Shapes: B sequences, T completion tokens, V vocabulary, H hidden size, K contexts; N = unmasked tokens, all sequences end to end.
+Depends on torch, losses.py, agreement.py, reading.py.   Try it:  python -m pytest tests/test_unisd.py -q
+Shapes: B sequences, T completion tokens, V vocabulary, H hidden size, K contexts; N = unmasked tokens, all sequences
+end to end.
 """
 
 from collections.abc import Callable
@@ -26,10 +28,13 @@ from torch import Tensor, nn
 
 import agreement
 import losses
+from reading import Head, ThroughHead, chunks, head_of, passes, read, sampled_logps
 
 
 def opt(default, help: str, choices: tuple = ()):
-    """A setting: its default, what --help says, and what it may be. Every setting of the project is declared through this."""
+    """A setting: its default, what --help says, and what it may be. Every setting of the project is declared through
+    this.
+    """
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
@@ -38,22 +43,34 @@ class Mechanisms:
     """What the loss is made of. 0 or "none" is off, and what is off costs nothing."""
 
     w_div: float = opt(1.0, "weight of the divergence to the teacher, eq. 1 (0 = off)")
-    divergence: str = opt("forward", "forward = KL(teacher||student), reverse = KL(student||teacher), jsd = eq. 7", ("forward", "reverse", "jsd"))
+    divergence: str = opt(
+        "forward",
+        "forward = KL(teacher||student), reverse = KL(student||teacher), jsd = eq. 7",
+        ("forward", "reverse", "jsd"),
+    )
     alpha: float = opt(0.5, "jsd only: weight of the teacher in the mixture, strictly between 0 and 1")
     clip: float = opt(0.0, "static ceiling on each token's divergence, in nats, eq. 9 (0 = off)")
-    clip_quantile: float = opt(0.0, "ceiling at this quantile of the step's own divergences; costs one more student pass (0 = off)")
+    clip_quantile: float = opt(
+        0.0, "ceiling at this quantile of the step's own divergences; costs one more student pass (0 = off)"
+    )
     agreement: str = opt("none", "weigh by how far K contexts agree, eq. 2", ("none", "token", "sequence"))
     gamma: float = opt(0.01, "strength of the agreement weights (0 = off)")
     stat: str = opt("var", "disagreement of the K readings: variance or max - min", ("var", "range"))
-    normalizer: str = opt("batch", "batch: sequence weights act; sequence: the official form, where they cancel", ("batch", "sequence"))
+    normalizer: str = opt(
+        "batch", "batch: sequence weights act; sequence: the official form, where they cancel", ("batch", "sequence")
+    )
     w_contrast: float = opt(0.0, "weight of the token contrast with a wrong reference, eq. 5 (0 = off)")
     margin: float = opt(0.5, "contrast: by how many nats the wrong teacher should be further away")
     w_match: float = opt(0.0, "weight of final-layer feature matching, eq. 6 (0 = off)")
     w_nll: float = opt(0.0, "weight of plain cross-entropy on the completion tokens, for the baselines (0 = off)")
-    distill_temperature: float = opt(1.0, "divides both models' logits inside the divergence, the contrast and the cross-entropy")
+    distill_temperature: float = opt(
+        1.0, "divides both models' logits inside the divergence, the contrast and the cross-entropy"
+    )
     agreement_temperature: float = opt(1.0, "divides the teacher's logits when the K contexts are compared")
     chunk: int = opt(64, "tokens per application of the vocabulary head; bounds memory, never changes the result")
-    max_tokens_per_pass: int = opt(16384, "token budget (rows x longest row) of one teacher pass; bounds memory, never changes the result")
+    max_tokens_per_pass: int = opt(
+        16384, "token budget (rows x longest row) of one teacher pass; bounds memory, never changes the result"
+    )
 
     @property
     def uses_agreement(self) -> bool:
@@ -66,7 +83,9 @@ class Mechanisms:
 
 @dataclass
 class Batch:
-    """One optimizer step's answers, and the prompts under which they are read. Prompts are lists of token ids, of any lengths."""
+    """One optimizer step's answers, and the prompts under which they are read. Prompts are lists of token ids, of any
+    lengths.
+    """
 
     student: list[list[int]]  # B prompts: the question alone
     teacher: list[list[int]]  # B prompts: question + reference
@@ -76,71 +95,12 @@ class Batch:
     mask: Tensor  # (B, T) 1 up to and including the first end-of-text token
 
 
-@dataclass
-class Head:
-    """The vocabulary head. Only its first `vocab` rows are used: padded vocabulary (Qwen2.5 has some) cannot be given mass."""
-
-    weight: Tensor  # (V or more, H)
-    vocab: int  # V: how many tokens the tokenizer has
-    bias: Tensor | None = None  # (V or more,)
-    softcap: float | None = None  # Gemma 2: logits = cap * tanh(logits / cap)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(n, H) -> (n, V), in the matmul's dtype. Training goes through _ThroughHead instead, which also takes the gradient."""
-        dtype = self.matmul_dtype(hidden)
-        bias = None if self.bias is None else self.bias[: self.vocab].to(dtype)
-        return nn.functional.linear(hidden.to(dtype), self.weight[: self.vocab].to(dtype), bias)
-
-    def logps(self, logits: Tensor, temperature: float) -> Tensor:
-        """(n, V) raw logits -> log-probabilities. The only place where the fp32 upcast and a temperature happen."""
-        # bf16 log-probabilities are off by up to 0.09 nats at V = 152k: go wide *before* the softmax. float64 stays float64.
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.softcap:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return (logits / temperature if temperature != 1.0 else logits).log_softmax(-1)
-
-    @staticmethod
-    def matmul_dtype(hidden: Tensor) -> torch.dtype:
-        kind = hidden.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-
-
-def head_of(model: nn.Module, vocab: int) -> Head:
-    """The model's own head; references to its parameters, not copies."""
-    linear = model.get_output_embeddings()
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return Head(linear.weight, vocab, getattr(linear, "bias", None), softcap)
-
-
-def read(model: nn.Module, prompts: list[list[int]], ids: Tensor, mask: Tensor) -> Tensor:
-    """The final-layer states that *predict* each unmasked completion token. B prompts, (B, T), (B, T) -> (N, H), row after row.
-
-    Rows are prompt + completion, padded on the right: a causal model cannot see the padding, so no attention mask and no position ids
-    are needed, and how much padding a batch has cannot change a result. The state at position i predicts token i + 1: hence the - 1.
-    """
-    lengths = mask.sum(1).tolist()
-    rows = [p + c[:n] for p, c, n in zip(prompts, ids.tolist(), lengths, strict=True)]
-    width = max(map(len, rows))
-    tokens = torch.tensor([r + [0] * (width - len(r)) for r in rows], device=ids.device)
-    states = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state  # (B, width, H)
-    row = torch.tensor([b for b, n in enumerate(lengths) for _ in range(n)], device=ids.device)
-    col = torch.tensor([len(p) - 1 + t for p, n in zip(prompts, lengths, strict=True) for t in range(n)], device=ids.device)
-    return states[row, col]
-
-
-def passes(lengths: list[int], budget: int) -> list[list[int]]:
-    """Row numbers, shortest first, cut into groups of at most `budget` tokens counting padding. Every group has at least one row."""
-    groups, order = [], sorted(range(len(lengths)), key=lengths.__getitem__)
-    for i in order:
-        if not groups or (len(groups[-1]) + 1) * lengths[i] > budget:
-            groups.append([])
-        groups[-1].append(i)
-    return groups
-
-
 @torch.no_grad()
-def score(model: nn.Module, prompts: list[list[int]], batch: Batch, budget: int, finish: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Read the batch's answers under other prompts, in as few passes as the budget allows. -> (B, T) or (B, T, H), 0 where masked.
+def score(
+    model: nn.Module, prompts: list[list[int]], batch: Batch, budget: int, finish: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Read the batch's answers under other prompts, in as few passes as the budget allows. -> (B, T) or (B, T, H), 0
+    where masked.
 
     finish(states (n, H), ids (n,)) says what is kept of each token: its state, or its log-probability.
     """
@@ -153,16 +113,6 @@ def score(model: nn.Module, prompts: list[list[int]], batch: Batch, budget: int,
         for i, values in zip(rows, kept.split([counts[i] for i in rows]), strict=True):
             out[i, : counts[i]] = values
     return out
-
-
-def chunks(n: int, size: int) -> list[slice]:
-    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
-
-
-@torch.no_grad()
-def sampled_logps(hidden: Tensor, ids: Tensor, head: Head, temperature: float, chunk: int) -> Tensor:
-    """log p(y_t) of given tokens, chunk by chunk. (N, H), (N,) -> (N,). All that agreement and the contrast's negative ever need."""
-    return torch.cat([losses.token_logps(head.logps(head.logits(hidden[s]), temperature), ids[s]) for s in chunks(len(hidden), chunk)])
 
 
 @dataclass
@@ -181,13 +131,22 @@ class Targets:
     def rows(self, b: slice) -> dict[str, Tensor | None]:
         """The sequences `b`, as flat unmasked tokens: what unisd_loss takes."""
         m = self.batch.mask[b].bool()
-        pick = lambda x: None if x is None else x[b][m]  # noqa: E731
-        return dict(ids=pick(self.batch.ids), teacher=pick(self.hidden), negative=pick(self.negative), c=pick(self.c), a=pick(self.a))
+        pick = lambda x: None if x is None else x[b][m]
+        return dict(
+            ids=pick(self.batch.ids),
+            teacher=pick(self.hidden),
+            negative=pick(self.negative),
+            c=pick(self.c),
+            a=pick(self.a),
+        )
 
 
 @torch.no_grad()
-def score_teachers(model: nn.Module, teacher: Callable[[], AbstractContextManager], batch: Batch, vocab: int, m: Mechanisms) -> Targets:
-    """Let the teacher read the student's answers. `with teacher():` turns `model` into the teacher (frozen, EMA, or itself).
+def score_teachers(
+    model: nn.Module, teacher: Callable[[], AbstractContextManager], batch: Batch, vocab: int, m: Mechanisms
+) -> Targets:
+    """Let the teacher read the student's answers. `with teacher():` turns `model` into the teacher (frozen, EMA, or
+    itself).
 
     Runs *before* the student's own pass: applying the teacher swaps the student's weights in place.
     Raises ValueError if every token is masked, or for K = 1 with variance.
@@ -200,12 +159,14 @@ def score_teachers(model: nn.Module, teacher: Callable[[], AbstractContextManage
             # Detached, the head keeps pointing at the teacher's weights after the student's are back in the model.
             head = head_of(model, vocab)
             head = replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
-            logp = lambda tau: lambda h, ids: sampled_logps(h, ids, head, tau, m.chunk)  # noqa: E731
+            logp = lambda tau: lambda h, ids: sampled_logps(h, ids, head, tau, m.chunk)
             hidden = score(model, batch.teacher, batch, m.max_tokens_per_pass, lambda h, ids: h)
             if m.w_contrast:
                 negative = score(model, batch.negative, batch, m.max_tokens_per_pass, logp(m.distill_temperature))
             if m.uses_agreement:
-                readings = [score(model, c, batch, m.max_tokens_per_pass, logp(m.agreement_temperature)) for c in batch.contexts]
+                readings = [
+                    score(model, c, batch, m.max_tokens_per_pass, logp(m.agreement_temperature)) for c in batch.contexts
+                ]
                 weights = reliability(torch.stack(readings), batch.mask, m)
     c = agreement.coefficients(batch.mask, weights, m.normalizer)
     a = agreement.coefficients(batch.mask, torch.ones_like(weights), m.normalizer)
@@ -227,11 +188,14 @@ def divergence(student: Tensor, teacher: Tensor, m: Mechanisms) -> Tensor:
     return {"forward": losses.forward_kl, "reverse": losses.reverse_kl}[m.divergence](student, teacher)
 
 
-def unisd_loss(student: Tensor, head: Head, t: dict, teacher_head: Head | None, m: Mechanisms, ceiling: Tensor | None = None) -> tuple[Tensor, dict]:
+def unisd_loss(
+    student: Tensor, head: Head, t: dict, teacher_head: Head | None, m: Mechanisms, ceiling: Tensor | None = None
+) -> tuple[Tensor, dict]:
     """Eq. 1 over N tokens. -> (loss (), per-token values {name: (N,)} without gradient, for the log).
 
-    student (N, H) with gradient; t = Targets.rows(...): ids (N,), teacher (N, H), negative (N,), c (N,), a (N,), what is not needed is None.
-    With an identity head this is the same function on logits. Sums over micro-batches of a step add up to the step's loss and gradient.
+    student (N, H) with gradient; t = Targets.rows(...): ids (N,), teacher (N, H), negative (N,), c (N,), a (N,), what
+    is not needed is None. With an identity head this is the same function on logits. Sums over micro-batches of a step
+    add up to the step's loss and gradient.
     """
 
     def terms(logits: Tensor, s: slice) -> tuple[Tensor, dict]:
@@ -245,7 +209,9 @@ def unisd_loss(student: Tensor, head: Head, t: dict, teacher_head: Head | None, 
             out["div"] = divergence(logps, teacher, m)
             total = total + m.w_div * (t["c"][s] * losses.clip_tokens(out["div"], ceiling)).sum()
         if m.w_contrast:
-            out["contrast"] = losses.contrastive(chosen, losses.token_logps(teacher, t["ids"][s]), t["negative"][s], m.margin)
+            out["contrast"] = losses.contrastive(
+                chosen, losses.token_logps(teacher, t["ids"][s]), t["negative"][s], m.margin
+            )
             total = total + m.w_contrast * (t["a"][s] * out["contrast"]).sum()
         if m.w_nll:
             total = total - m.w_nll * (t["a"][s] * chosen).sum()
@@ -255,7 +221,7 @@ def unisd_loss(student: Tensor, head: Head, t: dict, teacher_head: Head | None, 
 
     loss, values = student.new_zeros((), dtype=torch.promote_types(student.dtype, torch.float32)), {}
     if m.w_div or m.w_contrast or m.w_nll:
-        loss = _ThroughHead.apply(student, head.weight, head.bias, head.vocab, terms, m.chunk, values)
+        loss = ThroughHead.apply(student, head.weight, head.bias, head.vocab, terms, m.chunk, values)
     if m.w_match:
         values["match"] = losses.feature_mse(student, t["teacher"])
         loss = loss + m.w_match * (t["a"] * values["match"]).sum()
@@ -264,53 +230,12 @@ def unisd_loss(student: Tensor, head: Head, t: dict, teacher_head: Head | None, 
 
 @torch.no_grad()
 def divergence_now(model: nn.Module, t: Targets, vocab: int, m: Mechanisms, micro_batch: int) -> Tensor:
-    """Every token's divergence before the update, for a ceiling at its quantile: the one mechanism that needs the whole step first. -> (B, T)."""
+    """Every token's divergence before the update, for a ceiling at its quantile: the one mechanism that needs the whole
+    step first. -> (B, T).
+    """
     out = torch.zeros(t.batch.mask.shape, device=t.batch.mask.device)
     for rows in chunks(len(out), micro_batch):
         states = read(model, t.batch.student[rows], t.batch.ids[rows], t.batch.mask[rows])
         _, each = unisd_loss(states, head_of(model, vocab), t.rows(rows), t.head, m)
         out[rows][t.batch.mask[rows].bool()] = each["div"].to(out.dtype)
     return out
-
-
-class _ThroughHead(torch.autograd.Function):
-    """sum over chunks of terms(hidden @ weight.T + bias): the gradient of each chunk is taken before the next chunk exists.
-
-    The head is linear, so its backward is two products, written out below; the gradient with respect to one chunk's *logits* comes
-    from autograd, so every formula of losses.py stands once. Peak memory: a few tensors of (chunk, V), whatever N is.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, vocab, terms, chunk, values):
-        need_h, need_w, need_b = ctx.needs_input_grad[:3]
-        dtype = Head.matmul_dtype(hidden)  # bf16 under autocast, else the model's own
-        w, b = weight[:vocab].to(dtype), None if bias is None else bias[:vocab].to(dtype)
-        grads = [torch.zeros_like(x) if need else None for x, need in zip((hidden, weight, bias), (need_h, need_w, need_b), strict=True)]
-        total, kept = 0.0, []
-        with torch.autocast(hidden.device.type, enabled=False):
-            for s in chunks(len(hidden), chunk):
-                h = hidden[s].to(dtype)
-                logits = nn.functional.linear(h, w, b).requires_grad_(need_h or need_w or need_b)
-                with torch.enable_grad():
-                    part, out = terms(logits, s)
-                total = total + part.detach()
-                kept.append(out)
-                if logits.requires_grad and part.requires_grad:
-                    (g,) = torch.autograd.grad(part, logits)
-                    if need_h:
-                        grads[0][s] = g @ w
-                    if need_w and dtype == weight.dtype:  # in place: no second tensor of the head's size
-                        grads[1][:vocab].addmm_(g.T, h)
-                    elif need_w:
-                        grads[1][:vocab] += g.T @ h
-                    if need_b:
-                        grads[2][:vocab] += g.sum(0)
-        values.update({k: torch.cat([out[k] for out in kept]) for k in kept[0]})
-        ctx.save_for_backward(*grads)
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):
-        # Usually upstream is exactly 1 (loss.backward()): do not copy a gradient of the head's size to multiply it by that.
-        return *(g if g is None or upstream == 1 else g * upstream for g in ctx.saved_tensors), None, None, None, None

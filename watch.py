@@ -1,7 +1,9 @@
-"""watch.py - what a person sees of a run: a progress bar with an estimate, a sample now and then, curves, and the final table.
+"""watch.py - what a person sees of a run: a progress bar with an estimate, a sample now and then, curves, and the final
+table.
 
-It also measures, every so often, the *teacher's* accuracy with the reference and the student's without, on a small held-out set. That pair of
-curves tells what an EMA teacher does: a student trained without references can forget how to use one, and its average forgets with it.
+It also measures, every so often, the *teacher's* accuracy with the reference and the student's without, on a small
+held-out set. That pair of curves tells what an EMA teacher does: a student trained without references can forget how to
+use one, and its average forgets with it.
 
 Ctrl-C (or SIGTERM) lets the current step finish, saves, and says how to go on; a second one stops at once.
 Depends on eval.py (measure), rollout.py (decode); matplotlib for the curves.
@@ -62,11 +64,20 @@ class Watch:
     def after_step(self, run, row: dict, batch) -> None:
         """Move the bar; print a sample and measure both accuracies when it is time (they join the row)."""
         self.bar.update()
-        self.bar.set_postfix(loss=f"{row['loss']:.3f}", len=f"{row['length']:.0f}", eos=f"{row['eos']:.2f}", gnorm=f"{row['grad_norm']:.2f}")
+        self.bar.set_postfix(
+            loss=f"{row['loss']:.3f}",
+            len=f"{row['length']:.0f}",
+            eos=f"{row['eos']:.2f}",
+            gnorm=f"{row['grad_norm']:.2f}",
+        )
         if run.cfg.teacher_every and (run.step % run.cfg.teacher_every == 0 or run.step == 1):
             with run.teacher():
-                row["teacher_accuracy"] = evaluation.measure(run.lm, run.task, self.held_out, True, run.cfg.max_new_tokens)["accuracy"]
-            row["student_accuracy"] = evaluation.measure(run.lm, run.task, self.held_out, False, run.cfg.max_new_tokens)["accuracy"]
+                row["teacher_accuracy"] = evaluation.measure(
+                    run.lm, run.task, self.held_out, True, run.cfg.max_new_tokens
+                )["accuracy"]
+            row["student_accuracy"] = evaluation.measure(
+                run.lm, run.task, self.held_out, False, run.cfg.max_new_tokens
+            )["accuracy"]
         if run.cfg.sample_every and run.step % run.cfg.sample_every == 0:
             example = " ".join(run.lm.tokenizer.decode(batch.student[0], skip_special_tokens=True).split())
             answer = " ".join(decode(run.lm, batch.ids[:1], batch.mask[:1])[0].split())
@@ -89,7 +100,9 @@ def curves(log: Path, picture: Path, title: str) -> None:
             points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
             if points:
                 marker = "o" if len(points) < 30 else None
-                axis.plot(*zip(*points, strict=True), color=colour, label=key.replace("_", " "), lw=1.4, marker=marker, ms=3)
+                axis.plot(
+                    *zip(*points, strict=True), color=colour, label=key.replace("_", " "), lw=1.4, marker=marker, ms=3
+                )
         axis.set(title=name, xlabel="optimizer step", ylabel=unit)
         axis.grid(alpha=0.25)
         if len(keys) > 1:

@@ -1,4 +1,6 @@
-"""Small models for the tests: random Qwen2 weights in float64 whose embedding table is larger than the vocabulary in use, as Qwen2.5's is."""
+"""Small models for the tests: random Qwen2 weights in float64 whose embedding table is larger than the vocabulary in
+use, as Qwen2.5's is.
+"""
 
 import os
 import sys

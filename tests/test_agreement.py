@@ -78,13 +78,16 @@ def test_weighted_mean_by_hand():
 
 
 def test_sequence_weights_do_not_cancel():
-    """In the official code w_b multiplies every token of sequence b and also that sequence's normaliser, so it divides out:
-    the loss stays the unweighted one to every digit, as long as no sum of weights falls below 1. With the batch normaliser a
-    sequence that the teachers dispute counts less. A false alarm is impossible: both sides are computed here from the same numbers."""
+    """In the official code w_b multiplies every token of sequence b and also that sequence's normaliser, so it divides
+    out: the loss stays the unweighted one to every digit, as long as no sum of weights falls below 1. With the batch
+    normaliser a sequence that the teachers dispute counts less. A false alarm is impossible: both sides are computed
+    here from the same numbers."""
     loss, mask = torch.rand(3, 50, dtype=torch.float64) + torch.tensor([[0.0], [1.0], [5.0]]), torch.ones(3, 50)
     w = sequence_weights(torch.tensor([0.0, 0.1, 3.0], dtype=torch.float64), 1.0).unsqueeze(1).expand(3, 50)
     one = torch.ones_like(w)
-    assert_close(weighted_mean(loss, mask, w, "sequence"), weighted_mean(loss, mask, one, "sequence"), rtol=1e-12, atol=0)
+    assert_close(
+        weighted_mean(loss, mask, w, "sequence"), weighted_mean(loss, mask, one, "sequence"), rtol=1e-12, atol=0
+    )
     assert weighted_mean(loss, mask, w).item() < 0.7 * weighted_mean(loss, mask, one).item()
 
 
@@ -105,7 +108,7 @@ def test_coefficients_are_the_weighted_mean_and_ignore_the_split(normalizer):
 
 def test_padding_changes_nothing():
     loss, w = torch.rand(2, 3), torch.rand(2, 3)
-    wide = lambda x, fill: torch.cat([x, torch.full((*x.shape[:-1], 4), fill)], -1)  # noqa: E731
+    wide = lambda x, fill: torch.cat([x, torch.full((*x.shape[:-1], 4), fill)], -1)
     mask = wide(MASK, 0)
     for n in ("batch", "sequence"):
         assert_close(weighted_mean(wide(loss, torch.nan), mask, wide(w, 9.0), n), weighted_mean(loss, MASK, w, n))

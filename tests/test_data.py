@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import contexts
-import tiny
+import world
 from data import Example, Wording, chat_ids, context_message, fit_prompt, teacher_message
 from rollout import load
 
@@ -18,7 +18,9 @@ def test_the_student_never_sees_the_reference():
     e = Example("t", "QUESTION", "REFERENCE", negative="NEGATIVE", demo="DEMO")
     w = Wording()
     assert "REFERENCE" in teacher_message(w, e.question, e.reference)
-    assert teacher_message(w, e.question, e.reference).replace("REFERENCE", "NEGATIVE") == teacher_message(w, e.question, e.negative)
+    assert teacher_message(w, e.question, e.reference).replace("REFERENCE", "NEGATIVE") == teacher_message(
+        w, e.question, e.negative
+    )
     other = Example("t", "OTHER", "ITS REFERENCE", demo="WORKED")
     shown = context_message(w, e, [other], with_reference=False)
     assert "OTHER" in shown and "WORKED" in shown and "QUESTION" in shown and "\nREFERENCE" not in shown
@@ -31,7 +33,7 @@ def test_an_empty_example_is_refused():
 
 
 def test_a_long_reference_is_cut_and_the_question_is_not(tokenizer):
-    build = lambda r: teacher_message(tiny.WORDING, "where is lamp", r)  # noqa: E731
+    build = lambda r: teacher_message(world.WORDING, "where is lamp", r)
     whole, cut = fit_prompt(tokenizer, build, "cave " * 50, 500)
     assert cut == 0
     ids, cut = fit_prompt(tokenizer, build, "cave " * 50, 40)
@@ -42,11 +44,13 @@ def test_a_long_reference_is_cut_and_the_question_is_not(tokenizer):
 
 
 def test_chat_ids_are_the_templates_and_nothing_more(tokenizer):
-    assert tokenizer.decode(chat_ids(tokenizer, "47+38")) == "<|im_start|>user\n47+38<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        tokenizer.decode(chat_ids(tokenizer, "47+38")) == "<|im_start|>user\n47+38<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def test_demonstrations_are_of_the_task_never_of_the_question_and_repeat_for_a_seed():
-    pool = tiny.distinct(tiny.FAMILIES, 20, 0, test=False)
+    pool = world.distinct(world.FAMILIES, 20, 0, test=False)
     pool.append(Example(pool[0].task, pool[0].question, "a duplicate of question 0"))
     for i in range(len(pool)):
         shown = contexts.random_demos(pool, i, 3, 2, seed=5)

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import eval as evaluation
 import losses
-import tiny
+import world
 from data import chat_ids
 from rollout import TINY, load
 
@@ -20,13 +20,17 @@ def test_wilson_by_hand():
     # 8 of 10, z = 1.96: middle (.8 + 3.8416/20) / 1.38416 = .71673; half 1.96 sqrt(.016 + .009604) / 1.38416 = .22658
     low, high = evaluation.wilson(8, 10)
     assert low == pytest.approx(49.02, abs=0.02) and high == pytest.approx(94.33, abs=0.02)
-    assert evaluation.wilson(0, 10)[0] == 0 and evaluation.wilson(10, 10)[1] == 100 and evaluation.wilson(0, 0) == (0, 100)
+    assert (
+        evaluation.wilson(0, 10)[0] == 0 and evaluation.wilson(10, 10)[1] == 100 and evaluation.wilson(0, 0) == (0, 100)
+    )
 
 
 def test_drift_of_a_model_from_itself_is_zero_and_grows_with_noise():
-    task, base = tiny.load(100, 4), load("tiny", CPU)
+    task, base = world.load(100, 4), load("tiny", CPU)
     same = evaluation.drift(load("tiny", CPU), base, task, task.test)
-    assert same["jsd_to_base"] == pytest.approx(0, abs=1e-6) and same["retention_ppl"] == pytest.approx(same["reverse_ppl"])
+    assert same["jsd_to_base"] == pytest.approx(0, abs=1e-6) and same["retention_ppl"] == pytest.approx(
+        same["reverse_ppl"]
+    )
     noisy = load("tiny", CPU)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -49,11 +53,15 @@ def test_perplexity_and_jsd_equal_the_plain_formulas():
     ppl, jsds = [], []
     for p, y in zip(prompts, answers, strict=True):
         with torch.no_grad():
-            la, lb = (m.model(input_ids=torch.tensor([p + y])).logits[0, len(p) - 1 : -1].log_softmax(-1) for m in (a, b))
+            la, lb = (
+                m.model(input_ids=torch.tensor([p + y])).logits[0, len(p) - 1 : -1].log_softmax(-1) for m in (a, b)
+            )
         ppl.append(math.exp(-losses.token_logps(la, torch.tensor(y)).mean()))
         jsds.append(losses.jsd(la, lb, 0.5))
     assert evaluation.perplexity(a, prompts, ids, mask, 3, 10) == pytest.approx(sum(ppl) / 2, rel=1e-5)
-    assert evaluation.token_jsd(a, b, prompts, ids, mask, 3, 10) == pytest.approx(torch.cat(jsds).mean().item(), rel=1e-4)
+    assert evaluation.token_jsd(a, b, prompts, ids, mask, 3, 10) == pytest.approx(
+        torch.cat(jsds).mean().item(), rel=1e-4
+    )
 
 
 def test_ended():
@@ -65,7 +73,10 @@ def test_ended():
 
 def test_the_command(tmp_path, capsys):
     out = tmp_path / "report"
-    assert evaluation.main(["--model", str(TINY), "--base", "tiny", "--size", "3", "--device", "cpu", "--out", str(out)]) == 0
+    assert (
+        evaluation.main(["--model", str(TINY), "--base", "tiny", "--size", "3", "--device", "cpu", "--out", str(out)])
+        == 0
+    )
     text = capsys.readouterr().out
     assert "| family | alone | with reference |" in text and "jsd_to_base 0.0000" in text
     assert json.loads((out / "eval.json").read_text())["alone"]["n"] == 15
@@ -76,7 +87,7 @@ def test_the_command(tmp_path, capsys):
 def test_another_tokenizer_as_base_is_refused():
     a, b = load("tiny", CPU), load("tiny", CPU)
     b.vocab += 1
-    task = tiny.load(100, 1)
+    task = world.load(100, 1)
     with pytest.raises(ValueError, match="another tokenizer"):
         evaluation.drift(a, b, task, task.test)
 

@@ -1,4 +1,6 @@
-"""Every formula of losses.py: numbers worked out by hand, properties that name the mechanism, gradients, and no surprises at the edges."""
+"""Every formula of losses.py: numbers worked out by hand, properties that name the mechanism, gradients, and no
+surprises at the edges.
+"""
 
 import math
 
@@ -28,7 +30,8 @@ def test_kl_by_hand_in_both_directions():
 
 
 def test_jsd_by_hand():
-    # M = (.7, .3);  .5 (.9 ln(.9/.7) + .1 ln(.1/.3)) + .5 (.5 ln(.5/.7) + .5 ln(.5/.3)) = .5 (.116322) + .5 (.087177) = .101749
+    # M = (.7, .3); .5 (.9 ln(.9/.7) + .1 ln(.1/.3)) + .5 (.5 ln(.5/.7) + .5 ln(.5/.3)) = .5 (.116322) + .5 (.087177) =
+    # .101749
     assert_close(losses.jsd(log_of(0.5, 0.5), log_of(0.9, 0.1), 0.5).item(), 0.1017495, atol=1e-6, rtol=0)
     # alpha weighs the *teacher* in M: alpha .25, M = .75 (.5,.5) + .25 (.9,.1) = (.6, .4);
     # .25 (.9 ln 1.5 + .1 ln .25) + .75 (.5 ln(.5/.6) + .5 ln(.5/.4)) = .25 (.226289) + .75 (.020411) = .071880
@@ -91,7 +94,7 @@ def test_gradients_by_finite_differences():
         assert torch.autograd.gradcheck(lambda x, f=f: f(x.log_softmax(-1), teacher), logits)
     ids = torch.tensor([[0, 1, 2], [3, 0, 1]])
     plus, minus = random_logps(2, 3, 4, seed=6)[..., 0], random_logps(2, 3, 4, seed=7)[..., 0]
-    chosen = lambda x: losses.token_logps(x.log_softmax(-1), ids)  # noqa: E731
+    chosen = lambda x: losses.token_logps(x.log_softmax(-1), ids)
     assert torch.autograd.gradcheck(lambda x: losses.contrastive(chosen(x), plus, minus, 0.5), logits)
     assert torch.autograd.gradcheck(lambda x: losses.feature_mse(x, teacher), logits)
 
@@ -119,7 +122,8 @@ def test_contrast_by_hand_and_its_dead_zones():
     value = losses.contrastive(s, positive, negative, 0.5)
     assert_close(value.detach(), torch.tensor([0.0, 0.8, 1.0, 0.0]))
     value.sum().backward()
-    # token 1 lies between the teachers: sign(-1 + .5) - sign(-1 + 1.2) = -2.  token 2 is on one side of both: exactly 0, though it has a loss.
+    # token 1 lies between the teachers: sign(-1 + .5) - sign(-1 + 1.2) = -2. token 2 is on one side of both: exactly
+    # 0, though it has a loss.
     assert s.grad.tolist() == [0, -2, 0, 0]
 
 

@@ -1,4 +1,6 @@
-"""N steps = k steps, a real kill -9, and --resume: the same log and the same weights, bit for bit, wherever the kill falls."""
+"""N steps = k steps, a real kill -9, and --resume: the same log and the same weights, bit for bit, wherever the kill
+falls.
+"""
 
 import json
 import os
@@ -14,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = (
-    "--recipe unisd-star --steps 16 --batch 6 --micro-batch 3 --eval-size 2 --train-size 100 --ema-every 2 --save-every 3 --teacher-every 5 "
-    "--device cpu --sample-every 0"
+    "--recipe unisd-star --steps 16 --batch 6 --micro-batch 3 --eval-size 2 --train-size 100 --ema-every 2 "
+    "--save-every 3 --teacher-every 5 --device cpu --sample-every 0"
 ).split()
 
 
@@ -33,7 +35,9 @@ def steps_done(out):
 def result(out):
     """The log without wall-clock seconds, and the weights."""
     rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if not k.startswith("s_")} for r in rows], AutoModelForCausalLM.from_pretrained(out).state_dict()
+    return [{k: v for k, v in r.items() if not k.startswith("s_")} for r in rows], AutoModelForCausalLM.from_pretrained(
+        out
+    ).state_dict()
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,9 @@ def wait_for(out, process, steps):
 
 
 def test_killed_at_random_moments(tmp_path, straight):
-    """Three kills at random steps plus a random delay: in sampling, in the update, or in the middle of writing a checkpoint."""
+    """Three kills at random steps plus a random delay: in sampling, in the update, or in the middle of writing a
+    checkpoint.
+    """
     out, dice, more = tmp_path / "o", random.Random(time.time_ns()), []
     for low in (1, 5, 10):
         process, at = start(out, *more), low + dice.randrange(4)

@@ -1,4 +1,6 @@
-"""The objective: equal to the plain formula whatever the chunk, the padding, the order and the micro-batch; and what is off costs nothing."""
+"""The objective: equal to the plain formula whatever the chunk, the padding, the order and the micro-batch; and what is
+off costs nothing.
+"""
 
 import itertools
 from contextlib import nullcontext
@@ -13,18 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import agreement
 import losses
 from ema import EMA
-from unisd import (
-    Batch,
-    Head,
-    Mechanisms,
-    divergence_now,
-    head_of,
-    passes,
-    read,
-    sampled_logps,
-    score_teachers,
-    unisd_loss,
-)
+from reading import Head, head_of, passes, read, sampled_logps
+from unisd import Batch, Mechanisms, divergence_now, score_teachers, unisd_loss
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
 EVERYTHING = Mechanisms(agreement="token", gamma=1.0, w_contrast=0.3, margin=0.2, w_match=0.2, w_nll=0.1, chunk=5)
@@ -60,7 +52,9 @@ def whole_step(model, batch, m, teacher=nullcontext, micro=99, ceiling=None):
 
 
 def plain(model, batch, m, ceiling):
-    """The same objective written the obvious way: one row at a time, whole (T, V) log-probabilities, no head of ours, no chunks."""
+    """The same objective written the obvious way: one row at a time, whole (T, V) log-probabilities, no head of ours,
+    no chunks.
+    """
 
     def logps(prompt, b, tau):
         ids = torch.tensor([prompt + batch.ids[b, : batch.mask[b].sum()].tolist()])
@@ -81,7 +75,7 @@ def plain(model, batch, m, ceiling):
                 readings[k, b, :n] = losses.token_logps(logps(c[b], b, m.agreement_temperature)[0], ids)
         d = {"forward": losses.forward_kl, "reverse": losses.reverse_kl, "jsd": lambda x, y: losses.jsd(x, y, m.alpha)}
         div[b, :n] = d[m.divergence](s, t)
-        pick = lambda x, ids=ids: losses.token_logps(x, ids)  # noqa: E731
+        pick = lambda x, ids=ids: losses.token_logps(x, ids)
         contrast[b, :n] = losses.contrastive(pick(s), pick(t), pick(bad), m.margin)
         match[b, :n], nll[b, :n] = losses.feature_mse(fs, ft), -pick(s)
     w = torch.ones(B, T, dtype=torch.float64)
@@ -90,7 +84,7 @@ def plain(model, batch, m, ceiling):
     elif m.agreement == "sequence":
         delta = agreement.disagreement(readings, batch.mask, "sequence", m.stat)
         w = agreement.sequence_weights(delta, m.gamma).unsqueeze(1).expand(B, T)
-    mean = lambda x, w: agreement.weighted_mean(x, batch.mask, w, m.normalizer)  # noqa: E731
+    mean = lambda x, w: agreement.weighted_mean(x, batch.mask, w, m.normalizer)
     one = torch.ones_like(w)
     loss = m.w_div * mean(losses.clip_tokens(div, ceiling), w) + m.w_nll * mean(nll, one)
     return loss + m.w_contrast * mean(contrast, one) + m.w_match * mean(match, one)
@@ -99,7 +93,8 @@ def plain(model, batch, m, ceiling):
 CASES = [
     replace(EVERYTHING, divergence=d, alpha=0.3, agreement=a, stat=s, normalizer=n, distill_temperature=0.7)
     for d, (a, s, n) in itertools.product(
-        ("forward", "reverse", "jsd"), (("token", "var", "batch"), ("sequence", "range", "sequence"), ("none", "var", "batch"))
+        ("forward", "reverse", "jsd"),
+        (("token", "var", "batch"), ("sequence", "range", "sequence"), ("none", "var", "batch")),
     )
 ]
 
@@ -134,7 +129,9 @@ def test_padding_and_what_comes_after_the_end_never_matter(model):
     batch = batch_of()
     one, whole = whole_step(model, batch, EVERYTHING)
     rubbish = torch.where(batch.mask.bool(), batch.ids, (batch.ids + 7) % VOCAB)
-    wide = replace(batch, ids=torch.nn.functional.pad(rubbish, (0, 6), value=5), mask=torch.nn.functional.pad(batch.mask, (0, 6)))
+    wide = replace(
+        batch, ids=torch.nn.functional.pad(rubbish, (0, 6), value=5), mask=torch.nn.functional.pad(batch.mask, (0, 6))
+    )
     value, gradient = whole_step(model, wide, EVERYTHING)
     assert_close(value, one, **EXACT)
     for name in whole:
@@ -147,8 +144,15 @@ def test_the_order_of_rows_and_the_token_budget_never_matter(model):
     for budget in (1, 20, 40):
         assert_close(whole_step(model, batch, replace(EVERYTHING, max_tokens_per_pass=budget))[0], one, **EXACT)
     p = [2, 0, 3, 1]
-    take = lambda x: [x[i] for i in p]  # noqa: E731
-    turned = Batch(take(batch.student), take(batch.teacher), take(batch.negative), [take(c) for c in batch.contexts], batch.ids[p], batch.mask[p])
+    take = lambda x: [x[i] for i in p]
+    turned = Batch(
+        take(batch.student),
+        take(batch.teacher),
+        take(batch.negative),
+        [take(c) for c in batch.contexts],
+        batch.ids[p],
+        batch.mask[p],
+    )
     assert_close(whole_step(model, turned, EVERYTHING)[0], one, **EXACT)
 
 
@@ -192,13 +196,21 @@ def test_gradient_by_finite_differences_through_an_identity_head():
 
 def test_a_bias_and_a_softcap_are_part_of_the_head():
     g = torch.Generator().manual_seed(0)
-    rand = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)  # noqa: E731
+    rand = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)
     h, teacher = rand(5, 4).requires_grad_(), rand(5, 4)
     w, b = rand(7, 4).requires_grad_(), rand(7).requires_grad_()
-    t = {"ids": torch.tensor([0, 1, 2, 3, 4]), "teacher": teacher, "negative": None, "c": torch.full((5,), 0.2, dtype=torch.float64), "a": None}
+    t = {
+        "ids": torch.tensor([0, 1, 2, 3, 4]),
+        "teacher": teacher,
+        "negative": None,
+        "c": torch.full((5,), 0.2, dtype=torch.float64),
+        "a": None,
+    }
     head = Head(w, 7, b, softcap=3.0)
-    ours = torch.autograd.grad(unisd_loss(h, head, t, replace(head, weight=w.detach(), bias=b.detach()), Mechanisms(chunk=2))[0], (h, w, b))
-    logp = lambda x, w, b: (3 * torch.tanh((x @ w.T + b) / 3)).log_softmax(-1)  # noqa: E731
+    ours = torch.autograd.grad(
+        unisd_loss(h, head, t, replace(head, weight=w.detach(), bias=b.detach()), Mechanisms(chunk=2))[0], (h, w, b)
+    )
+    logp = lambda x, w, b: (3 * torch.tanh((x @ w.T + b) / 3)).log_softmax(-1)
     plain_loss = losses.forward_kl(logp(h, w, b), logp(teacher, w, b).detach()).mean()
     for x, y in zip(ours, torch.autograd.grad(plain_loss, (h, w, b)), strict=True):
         assert_close(x, y, **EXACT)
@@ -227,7 +239,9 @@ def test_agreement_really_changes_loss_and_gradient(model, level):
     assert abs(on - off) > 1e-4 and (g_on["model.norm.weight"] - g_off["model.norm.weight"]).abs().max() > 1e-6
     official, _ = whole_step(model, batch, Mechanisms(agreement="sequence", gamma=0.01, normalizer="sequence"))
     unweighted, _ = whole_step(model, batch, Mechanisms(normalizer="sequence"))
-    assert_close(official, unweighted, rtol=1e-2, atol=0)  # only sequences of one token (sum of weights < 1) still differ
+    assert_close(
+        official, unweighted, rtol=1e-2, atol=0
+    )  # only sequences of one token (sum of weights < 1) still differ
 
 
 def test_clip_removes_the_gradient_of_the_tokens_above_it(model):
@@ -246,7 +260,9 @@ def test_divergence_now_is_what_the_loss_sees(model):
     batch, m = batch_of(), Mechanisms(chunk=3)
     t = score_teachers(model, nullcontext, batch, VOCAB, m)
     now = divergence_now(model, t, VOCAB, m, micro_batch=2)
-    _, each = unisd_loss(read(model, batch.student, batch.ids, batch.mask), head_of(model, VOCAB), t.rows(slice(None)), t.head, m)
+    _, each = unisd_loss(
+        read(model, batch.student, batch.ids, batch.mask), head_of(model, VOCAB), t.rows(slice(None)), t.head, m
+    )
     assert_close(now[batch.mask.bool()].double(), each["div"], rtol=1e-6, atol=1e-7)
 
 
@@ -260,7 +276,7 @@ def test_an_ema_teacher_speaks_with_its_own_weights_and_its_own_head(model):
     per_token = []
     for b in range(4):
         n = batch.mask[b].sum()
-        row = lambda p, b=b, n=n: torch.tensor([p + batch.ids[b, :n].tolist()])  # noqa: E731
+        row = lambda p, b=b, n=n: torch.tensor([p + batch.ids[b, :n].tolist()])
         s = student(input_ids=row(batch.student[b])).logits[0, -n - 1 : -1, :VOCAB].log_softmax(-1)
         t = teacher(input_ids=row(batch.teacher[b])).logits[0, -n - 1 : -1, :VOCAB].log_softmax(-1)
         per_token.append(losses.forward_kl(s, t))
@@ -297,7 +313,9 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for x in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(x, torch.Tensor) and x.dim() and x.shape[-1] == VOCAB and x.shape != (32, VOCAB):  # not weight.T
+            if (
+                isinstance(x, torch.Tensor) and x.dim() and x.shape[-1] == VOCAB and x.shape != (32, VOCAB)
+            ):  # not weight.T
                 self.rows = max(self.rows, x.numel() // VOCAB)
         return out
 
