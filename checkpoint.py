@@ -52,7 +52,7 @@ def check_same(out: Path, cfg: Config) -> None:
     """
     saved = saved_settings(str(out))
     for name, value in asdict(cfg).items():
-        if name not in FREE and name in saved and saved[name] != value:
+        if name not in FREE and name in saved and value not in (saved[name], "auto"):
             flag = "--" + name.replace("_", "-")
             raise ValueError(
                 f"{flag} is {value!r} here and {saved[name]!r} in {out}: "
@@ -72,6 +72,10 @@ def room_for(out: Path, parameters: int) -> None:
         )
 
 
+class DiskFull(OSError):
+    """Nothing could be written any more; what stood before still stands."""
+
+
 @contextmanager
 def disk(what: str):
     """Turn a full disk into one clear line."""
@@ -80,7 +84,7 @@ def disk(what: str):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise RuntimeError(
+        raise DiskFull(
             f"the disk is full: {what} was not written; the last checkpoint is whole, so free space and go on with --resume"
         ) from error
 
@@ -197,6 +201,13 @@ def save_final(run) -> None:
         for file in new.iterdir():
             os.replace(file, out / file.name)
         new.rmdir()
+
+
+def clear(out: Path) -> None:
+    """A finished run needs its checkpoints no more: its model lies in <out> itself."""
+    for folder in all_checkpoints(out):
+        shutil.rmtree(folder, ignore_errors=True)
+    (out / "before.json").unlink(missing_ok=True)
 
 
 def save_bad_batch(run, batch, loss: float, norm: float) -> str:

@@ -127,7 +127,7 @@ def token_jsd(
     a.model.eval(), b.model.eval()
     for rows in groups(prompts, mask, budget):
         states = [read(lm.model, [prompts[i] for i in rows], ids[rows], mask[rows]) for lm in (a, b)]
-        heads = [head_of(lm.model, lm.vocab) for lm in (a, b)]
+        heads = [head_of(lm.model, lm.vocab).ready(x) for lm, x in zip((a, b), states, strict=True)]
         for s in chunks(len(states[0]), chunk):
             logps = [h.logps(h.logits(x[s]), 1.0) for h, x in zip(heads, states, strict=True)]
             total += losses.jsd(*logps, alpha=0.5).sum().item()

@@ -12,6 +12,7 @@ Depends on torch, losses.py.   Try it:  python -m pytest tests/test_unisd.py -q
 Shapes: B sequences, T completion tokens, V vocabulary, H hidden size; N = unmasked tokens, all sequences end to end.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,13 +32,18 @@ class Head:
     bias: Tensor | None = None  # (V or more,)
     softcap: float | None = None  # Gemma 2: logits = cap * tanh(logits / cap)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(n, H) -> (n, V), in the matmul's dtype. Training goes through ThroughHead instead, which also takes the
-        gradient.
+    def ready(self, hidden: Tensor) -> "Head":
+        """This head cut to the vocabulary and cast for these states' matmul (bf16 under autocast), once instead of per
+        chunk.
         """
-        dtype = self.matmul_dtype(hidden)
-        bias = None if self.bias is None else self.bias[: self.vocab].to(dtype)
-        return nn.functional.linear(hidden.to(dtype), self.weight[: self.vocab].to(dtype), bias)
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        cast = lambda x: None if x is None else x.detach()[: self.vocab].to(dtype)
+        return Head(cast(self.weight), self.vocab, cast(self.bias), self.softcap)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, H) -> (n, V) through a ready head."""
+        return nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
 
     def logps(self, logits: Tensor, temperature: float) -> Tensor:
         """(n, V) raw logits -> log-probabilities. The only place where the fp32 upcast and a temperature happen."""
@@ -47,11 +53,6 @@ class Head:
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return (logits / temperature if temperature != 1.0 else logits).log_softmax(-1)
-
-    @staticmethod
-    def matmul_dtype(hidden: Tensor) -> torch.dtype:
-        kind = hidden.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 def head_of(model: nn.Module, vocab: int) -> Head:
@@ -99,58 +100,64 @@ def chunks(n: int, size: int) -> list[slice]:
 
 @torch.no_grad()
 def sampled_logps(hidden: Tensor, ids: Tensor, head: Head, temperature: float, chunk: int) -> Tensor:
-    """log p(y_t) of given tokens, chunk by chunk. (N, H), (N,) -> (N,). All that agreement and the contrast's negative
-    ever need.
-    """
-    return torch.cat(
-        [token_logps(head.logps(head.logits(hidden[s]), temperature), ids[s]) for s in chunks(len(hidden), chunk)]
-    )
+    """log p(y_t) of given tokens. (N, H), (N,) -> (N,). All that agreement and the contrast's negative ever need."""
+    head = head.ready(hidden)
+    one = lambda s: token_logps(head.logps(head.logits(hidden[s]), temperature), ids[s])
+    return torch.cat([one(s) for s in chunks(len(hidden), chunk)])
 
 
-class ThroughHead(torch.autograd.Function):
-    """sum over chunks of terms(hidden @ weight.T + bias): the gradient of each chunk is taken before the next chunk
-    exists.
+def through_head(
+    hidden: Tensor, head: Head, terms: Callable[[Tensor, slice], tuple], chunk: int
+) -> tuple[Tensor, dict]:
+    """Sum over chunks of a loss on logits that are never all there at once. -> (loss (), {name: (N,)} without
+    gradient).
 
-    The head is linear, so its backward is two products, written out below; the gradient with respect to one chunk's
-    *logits* comes from autograd, so every formula of losses.py stands once. Peak memory: a few tensors of (chunk, V),
+    hidden (N, H). terms(logits (n, V), slice of the N tokens) -> (loss (), {name: (n,)}). The gradient of a chunk is
+    taken before the next chunk exists: with respect to its *logits* by autograd, so every formula of losses.py stands
+    once, and from there by hand, because the head is linear: two products. Peak memory: a few tensors of (chunk, V),
     whatever N is.
     """
+    values: dict = {}
+    return _ThroughHead.apply(hidden, head.weight, head.bias, head, terms, chunk, values), values
 
+
+class _ThroughHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, vocab, terms, chunk, values):
+    def forward(ctx, hidden, weight, bias, head, terms, chunk, values):
         need_h, need_w, need_b = ctx.needs_input_grad[:3]
-        dtype = Head.matmul_dtype(hidden)  # bf16 under autocast, else the model's own
-        w, b = weight[:vocab].to(dtype), None if bias is None else bias[:vocab].to(dtype)
-        grads = [
-            torch.zeros_like(x) if need else None
-            for x, need in zip((hidden, weight, bias), (need_h, need_w, need_b), strict=True)
-        ]
+        ready = head.ready(hidden)
+        w, same_type = ready.weight, ready.weight.dtype == weight.dtype
+        grad_h = torch.zeros_like(hidden) if need_h else None
+        grad_w = torch.zeros_like(weight) if need_w else None
+        grad_b = torch.zeros_like(bias) if need_b else None
         total, kept = 0.0, []
         with torch.autocast(hidden.device.type, enabled=False):
             for s in chunks(len(hidden), chunk):
-                h = hidden[s].to(dtype)
-                logits = nn.functional.linear(h, w, b).requires_grad_(need_h or need_w or need_b)
+                h = hidden[s].to(w.dtype)
+                logits = ready.logits(h).requires_grad_(need_h or need_w or need_b)
                 with torch.enable_grad():
                     part, out = terms(logits, s)
                 total = total + part.detach()
                 kept.append(out)
-                if logits.requires_grad and part.requires_grad:
-                    (g,) = torch.autograd.grad(part, logits)
-                    if need_h:
-                        grads[0][s] = g @ w
-                    if need_w and dtype == weight.dtype:  # in place: no second tensor of the head's size
-                        grads[1][:vocab].addmm_(g.T, h)
-                    elif need_w:
-                        grads[1][:vocab] += g.T @ h
-                    if need_b:
-                        grads[2][:vocab] += g.sum(0)
+                if not (logits.requires_grad and part.requires_grad):
+                    continue
+                (g,) = torch.autograd.grad(part, logits)  # (n, V)
+                if need_h:
+                    grad_h[s] = g @ w
+                if need_w and same_type:  # in place: no second tensor of the head's size
+                    grad_w[: head.vocab].addmm_(g.T, h)
+                elif need_w:
+                    grad_w[: head.vocab] += g.T @ h
+                if need_b:
+                    grad_b[: head.vocab] += g.sum(0)
         values.update({k: torch.cat([out[k] for out in kept]) for k in kept[0]})
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(grad_h, grad_w, grad_b)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
-        # Usually upstream is exactly 1 (loss.backward()): do not copy a gradient of the head's size to multiply it by
-        # that.
-        return *(g if g is None or upstream == 1 else g * upstream for g in ctx.saved_tensors), None, None, None, None
+        # Usually upstream is exactly 1 (loss.backward()): then a gradient of the head's size is not copied to be
+        # scaled.
+        scaled = [g if g is None or upstream == 1 else g * upstream for g in ctx.saved_tensors]
+        return *scaled, None, None, None, None

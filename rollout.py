@@ -37,6 +37,28 @@ SHORT = {  # short names; the id they stand for is printed and saved
 }
 
 
+def choose_device(device: str, dtype: str) -> tuple[torch.device, str, str]:
+    """Device and matmul precision, once. -> (device, "fp32" or "bf16", one line with the reasons).
+
+    Raises ValueError if a CUDA device was asked for and none is there.
+    """
+    reason = why = "given"
+    if device == "auto":
+        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        reason = {"cuda": "a CUDA device is there", "mps": "an Apple GPU is there", "cpu": "no GPU is there"}[found]
+        device = found
+    place = torch.device(device)
+    if place.type == "cuda" and (not torch.cuda.is_available() or (place.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(
+            f"--device {device}: no such CUDA device; there are {torch.cuda.device_count()}; use cpu or auto"
+        )
+    name = torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
+    if dtype == "auto":
+        bf16 = place.type == "cuda" and torch.cuda.is_bf16_supported()
+        dtype, why = ("bf16", "weights stay fp32") if bf16 else ("fp32", "bf16 would not be faster here")
+    return place, dtype, f"device {place} ({name}: {reason}) | matmul {dtype} ({why})"
+
+
 @dataclass
 class Loaded:
     """A model that is ready to answer. `vocab` is the tokenizer's size: embeddings beyond it are padding and never get

@@ -10,7 +10,8 @@ summary.json, and checkpoint-<step>/.
 
 Not like the official code: one denominator per optimizer step, so the gradient does not depend on the micro-batch; the
 EMA teacher, the data cursor and every random state are in the checkpoint, so a resumed run equals an uninterrupted one
-bit for bit. Depends on config, unisd, ema, rollout, data, contexts, tiny, eval, checkpoint.
+bit for bit.
+Depends on most other files; nothing but bench and study depends on it.   Try it:  python -m pytest tests/test_train.py -q
 """
 
 import json
@@ -18,8 +19,7 @@ import math
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,13 +29,13 @@ import contexts
 import eval as evaluation
 import world
 from config import SETTINGS, Config, parse
-from data import Task, chat_ids, context_message, fit_prompt, teacher_message
+from data import Task
 from ema import EMA, half_life
 from losses import quantile_ceiling
 from reading import chunks, head_of, read
-from rollout import Loaded, generate, load, turn_end
+from rollout import Loaded, choose_device, generate, load, turn_end
 from unisd import Batch, Targets, divergence_now, score_teachers, unisd_loss
-from watch import Watch, curves
+from watch import Watch, after_training, before_training
 
 
 @dataclass
@@ -49,7 +49,13 @@ class Run:
     average: EMA | None  # the EMA teacher
     frozen: EMA | None  # the model as it was, an average that is never updated; reloaded, not saved
     step: int = 0
-    prompts: dict | None = None  # example index -> its prompts' token ids
+    prompts: dict = field(default_factory=dict)  # example index -> its prompts' token ids, made once
+
+    def prompts_of(self, i: int) -> dict:
+        """Every prompt of training example i that the recipe needs."""
+        if i not in self.prompts:
+            self.prompts[i] = contexts.encode(self.lm.tokenizer, self.task, i, self.cfg)
+        return self.prompts[i]
 
     def teacher(self):
         """`with run.teacher():` the model is the teacher."""
@@ -58,6 +64,7 @@ class Run:
 
 
 def train(run: Run, log, watch: Watch) -> None:
+    """Algorithm 1, from run.step on. One row of `log` per step; stops early when `watch` says so."""
     cfg, model = run.cfg, run.lm.model
     parameters = [p for p in model.parameters() if p.requires_grad]
     while run.step < cfg.steps and not watch.stop:
@@ -65,7 +72,7 @@ def train(run: Run, log, watch: Watch) -> None:
         # ---------------------------------------------------------------------------------
         clock = Clock(run.lm.device)
         chosen = order(len(run.task.train), cfg.seed, run.step * cfg.batch, cfg.batch)
-        p = [prompts_of(run, i) for i in chosen]
+        p = [run.prompts_of(i) for i in chosen]
         ids, mask = write_answers(run, [x["student"] for x in p], chosen)
         batch = Batch(
             student=[x["student"] for x in p],
@@ -136,26 +143,6 @@ def order(n: int, seed: int, start: int, count: int) -> list[int]:
     return out
 
 
-def prompts_of(run: Run, i: int) -> dict:
-    """The token ids of every prompt of training example i that the recipe needs; made once, kept."""
-    if i not in run.prompts:
-        cfg, e, tok, words = run.cfg, run.task.train[i], run.lm.tokenizer, run.task.wording
-        student, _ = fit_prompt(tok, lambda _: e.question, "", cfg.max_prompt_tokens)
-        with_ref = lambda ref: fit_prompt(
-            tok, lambda r: teacher_message(words, e.question, r), ref, cfg.max_prompt_tokens
-        )[0]
-        shown = (
-            contexts.random_demos(run.task.train, i, cfg.contexts, cfg.demos, cfg.seed) if cfg.uses_agreement else []
-        )
-        run.prompts[i] = {
-            "student": student,
-            "teacher": with_ref(e.reference) if cfg.uses_teacher else [],
-            "negative": with_ref(e.negative) if cfg.w_contrast else [],
-            "contexts": [chat_ids(tok, context_message(words, e, demos, with_reference=True)) for demos in shown],
-        }
-    return run.prompts[i]
-
-
 def write_answers(run: Run, prompts: list[list[int]], chosen: list[int]) -> tuple[Tensor, Tensor]:
     """The completions of a step: sampled on-policy, sampled from the frozen base (ssd), or the references (sft; a share
     of the steps in gkd).
@@ -214,32 +201,7 @@ def summarise(run: Run, t: Targets, values: list[dict], loss: float, norm: float
     return row
 
 
-# --- plumbing: build a run, measure before and after, write it all down
-# -------------------------------------------------------------------
-
-
-def choose_device(cfg: Config) -> tuple[torch.device, str]:
-    """Device and matmul precision, once, with the reason. Sets cfg.device and cfg.dtype to what was chosen."""
-    reason = "given"
-    if cfg.device == "auto":
-        cfg.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        reason = {"cuda": "a CUDA device is there", "mps": "an Apple GPU is there", "cpu": "no GPU is there"}[
-            cfg.device
-        ]
-    device = torch.device(cfg.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {cfg.device}: no CUDA device is there; use --device cpu or auto")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    why = "given"
-    if cfg.dtype == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        cfg.dtype, why = (
-            ("bf16", "the device has it; weights stay fp32") if bf16 else ("fp32", "bf16 would not be faster here")
-        )
-    return (
-        device,
-        f"device {device} ({name}: {reason}) | matmul {cfg.dtype} ({why}) | torch {torch.__version__} | seed {cfg.seed}",
-    )
+# --- plumbing: build a run, measure before and after, write it all down ---------------------------------------------
 
 
 def load_task(cfg: Config) -> Task:
@@ -249,8 +211,8 @@ def load_task(cfg: Config) -> Task:
 def start(cfg: Config) -> Run:
     """Load everything, check that it can work, and restore a checkpoint if asked."""
     torch.manual_seed(cfg.seed)
-    device, line = choose_device(cfg)
-    print(line)
+    device, cfg.dtype, reason = choose_device(cfg.device, cfg.dtype)
+    print(f"{reason} | torch {torch.__version__} | seed {cfg.seed}")
     task = load_task(cfg)
     lm = load(cfg.model, device)
     model = lm.model
@@ -265,7 +227,7 @@ def start(cfg: Config) -> Run:
     )
     average = EMA(model, cfg.ema_decay) if cfg.teacher == "ema" and cfg.uses_teacher else None
     needs_base = (cfg.teacher == "frozen" and cfg.uses_teacher) or cfg.sampler == "base"
-    run = Run(cfg, lm, task, optimizer, average, EMA(model, 1.0) if needs_base else None, prompts={})
+    run = Run(cfg, lm, task, optimizer, average, EMA(model, 1.0) if needs_base else None)
     if average:
         print(f"EMA teacher: after {half_life(cfg.ema_decay, cfg.ema_every):.0f} steps half of it is new")
     return run
@@ -276,9 +238,12 @@ def main(cfg: Config) -> dict:
     begun = time.perf_counter()
     cfg.out = cfg.out or f"runs/{cfg.recipe}-seed{cfg.seed}"
     out = checkpoint.claim(cfg)
+    if cfg.resume and (out / "summary.json").exists():
+        print(f"{out} is finished; its numbers are in {out / 'summary.json'}")
+        return json.loads((out / "summary.json").read_text())
     run = start(cfg)
     checkpoint.room_for(out, sum(p.numel() for p in run.lm.model.parameters()))
-    before, ceiling, ood = measure_before(run, out)
+    before = before_training(run, out)
     checkpoint.write_json(out / SETTINGS, asdict(cfg))
     if cfg.resume:
         checkpoint.restore(run)
@@ -289,57 +254,23 @@ def main(cfg: Config) -> dict:
         checkpoint.save(run)
         print(f"stopped at step {run.step} of {cfg.steps}; go on with: python train.py --out {out} --resume")
         return {}
-    return finish(run, out, before, ceiling, ood, begun)
+    return after_training(run, out, before, begun)
 
 
-def measure_before(run: Run, out: Path) -> tuple[dict, dict, dict]:
-    """Held-out accuracy of the untouched model: alone, with the reference (the ceiling), and out of distribution."""
-    size = run.cfg.max_new_tokens
-    known = out / "before.json"  # a resumed run has been there already
-    if run.cfg.resume and known.exists():
-        return tuple(json.loads(known.read_text()))
-    print(f"measuring {len(run.task.test)} held-out questions, alone and with their reference ...")
-    measures = [evaluation.measure(run.lm, run.task, run.task.test, with_ref, size) for with_ref in (False, True)]
-    measures.append(evaluation.measure(run.lm, run.task, run.task.ood, False, size) if run.task.ood else {})
-    checkpoint.write_json(known, measures)
-    return tuple(measures)
-
-
-def finish(run: Run, out: Path, before: dict, ceiling: dict, ood: dict, begun: float) -> dict:
-    """Measure again, save the model, the curves and the summary, print the table."""
-    cfg, lm, task = run.cfg, run.lm, run.task
-    after = evaluation.measure(lm, task, task.test, False, cfg.max_new_tokens) if cfg.steps else before
-    ood_after = evaluation.measure(lm, task, task.ood, False, cfg.max_new_tokens) if task.ood and cfg.steps else ood
-    moved = evaluation.drift(lm, load(cfg.model, lm.device), task, task.test) if cfg.steps else evaluation.NO_DRIFT
-    checkpoint.save_final(run)
-    curves(out / "log.jsonl", out / "curves.png", f"{cfg.recipe}, {lm.name.split('/')[-1]}, seed {cfg.seed}")
-    pick = lambda m: {k: m[k] for k in ("accuracy", "by_task", "interval", "length", "eos")} if m else {}
-    summary = {"model": lm.name, "recipe": cfg.recipe, "seed": cfg.seed, "steps": run.step}
-    summary |= {"seconds": round(time.perf_counter() - begun, 1), "before": pick(before), "after": pick(after) | moved}
-    summary |= {
-        "ceiling": pick(ceiling),
-        "ood": {"before": pick(ood), "after": pick(ood_after)},
-        "data": task.fingerprint(),
-    }
-    checkpoint.write_json(out / "summary.json", summary)
-    print("\n" + evaluation.table({"before": before, "after": after, "ceiling (base with reference)": ceiling}))
-    if ood:
-        print("\nout of distribution\n" + evaluation.table({"before": ood, "after": ood_after}))
-    print(
-        f"\nmean held-out accuracy {before['accuracy']:.1f} -> {after['accuracy']:.1f} "
-        f"(ceiling {ceiling['accuracy']:.1f}) | JSD to base {moved['jsd_to_base']:.4f} nats | "
-        f"retention PPL {moved['retention_ppl']:.2f} | {summary['seconds']:.0f} s | {out}"
-    )
-    return summary
+OUT_OF_MEMORY = (
+    "the device is out of memory: lower --micro-batch, --sample-batch or --max-tokens-per-pass (none changes the result), "
+    "or add --grad-checkpointing; the last checkpoint is whole, but batch sizes are part of a run: use a new --out"
+)
 
 
 def cli(argv: list[str] | None = None) -> int:
     """`python train.py ...`: one clear line instead of a traceback for everything a user can mend."""
     try:
         main(parse(argv))
-    except (ValueError, RuntimeError, FloatingPointError) as error:
-        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
-            raise
+    except torch.OutOfMemoryError:
+        print(f"train.py: {OUT_OF_MEMORY}", file=sys.stderr)
+        return 2
+    except (ValueError, FloatingPointError, checkpoint.DiskFull) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import agreement
 import losses
-from reading import Head, ThroughHead, chunks, head_of, passes, read, sampled_logps
+from reading import Head, chunks, head_of, passes, read, sampled_logps, through_head
 
 
 def opt(default, help: str, choices: tuple = ()):
@@ -198,20 +198,21 @@ def unisd_loss(
     add up to the step's loss and gradient.
     """
 
+    speaker = teacher_head.ready(student) if m.w_div or m.w_contrast else None
+
     def terms(logits: Tensor, s: slice) -> tuple[Tensor, dict]:
         logps = head.logps(logits, m.distill_temperature)  # (n, V)
         chosen = losses.token_logps(logps, t["ids"][s])  # (n,)
-        total, out = logits.new_zeros((), dtype=logps.dtype), {}
-        if m.w_div or m.w_contrast:
+        total, out = logps.new_zeros(()), {}
+        if speaker:
             with torch.no_grad():
-                teacher = teacher_head.logps(teacher_head.logits(t["teacher"][s]), m.distill_temperature)
+                teacher = speaker.logps(speaker.logits(t["teacher"][s]), m.distill_temperature)
         if m.w_div:
             out["div"] = divergence(logps, teacher, m)
             total = total + m.w_div * (t["c"][s] * losses.clip_tokens(out["div"], ceiling)).sum()
         if m.w_contrast:
-            out["contrast"] = losses.contrastive(
-                chosen, losses.token_logps(teacher, t["ids"][s]), t["negative"][s], m.margin
-            )
+            positive = losses.token_logps(teacher, t["ids"][s])
+            out["contrast"] = losses.contrastive(chosen, positive, t["negative"][s], m.margin)
             total = total + m.w_contrast * (t["a"][s] * out["contrast"]).sum()
         if m.w_nll:
             total = total - m.w_nll * (t["a"][s] * chosen).sum()
@@ -220,8 +221,8 @@ def unisd_loss(
         return total, {k: v.detach() for k, v in out.items()}
 
     loss, values = student.new_zeros((), dtype=torch.promote_types(student.dtype, torch.float32)), {}
-    if m.w_div or m.w_contrast or m.w_nll:
-        loss = ThroughHead.apply(student, head.weight, head.bias, head.vocab, terms, m.chunk, values)
+    if speaker or m.w_nll:
+        loss, values = through_head(student, head, terms, m.chunk)
     if m.w_match:
         values["match"] = losses.feature_mse(student, t["teacher"])
         loss = loss + m.w_match * (t["a"] * values["match"]).sum()

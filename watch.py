@@ -6,12 +6,13 @@ held-out set. That pair of curves tells what an EMA teacher does: a student trai
 use one, and its average forgets with it.
 
 Ctrl-C (or SIGTERM) lets the current step finish, saves, and says how to go on; a second one stops at once.
-Depends on eval.py (measure), rollout.py (decode); matplotlib for the curves.
+Depends on eval.py, checkpoint.py, rollout.py; matplotlib for the curves.
 """
 
 import json
 import signal
 import threading
+import time
 from pathlib import Path
 
 import matplotlib
@@ -20,8 +21,9 @@ matplotlib.use("Agg")  # a server has no screen
 import matplotlib.pyplot as plt
 from tqdm import tqdm
 
+import checkpoint
 import eval as evaluation
-from rollout import decode
+from rollout import decode, load
 
 # Colours that stay apart for every kind of colour vision (Okabe and Ito's).
 INK = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
@@ -110,3 +112,57 @@ def curves(log: Path, picture: Path, title: str) -> None:
     figure.suptitle(title)
     figure.savefig(picture, dpi=110)
     plt.close(figure)
+
+
+def before_training(run, out: Path) -> dict:
+    """Held-out accuracy of the untouched model: alone, with the reference (the ceiling), and out of distribution."""
+    known = out / "before.json"  # a resumed run has been there already
+    if run.cfg.resume and known.exists():
+        return json.loads(known.read_text())
+    lm, task, size = run.lm, run.task, run.cfg.max_new_tokens
+    print(f"measuring {len(task.test)} held-out questions, alone and with their reference ...")
+    found = {
+        "alone": evaluation.measure(lm, task, task.test, False, size),
+        "ceiling": evaluation.measure(lm, task, task.test, True, size),
+        "ood": evaluation.measure(lm, task, task.ood, False, size) if task.ood else {},
+    }
+    checkpoint.write_json(known, found)
+    return found
+
+
+def after_training(run, out: Path, before: dict, begun: float) -> dict:
+    """Measure again, save the model, the curves and the summary, print the table. -> what summary.json holds."""
+    cfg, lm, task = run.cfg, run.lm, run.task
+    alone, ood, moved = before["alone"], before["ood"], evaluation.NO_DRIFT
+    if cfg.steps:
+        print("measuring again, and the drift from the base ...")
+        alone = evaluation.measure(lm, task, task.test, False, cfg.max_new_tokens)
+        ood = evaluation.measure(lm, task, task.ood, False, cfg.max_new_tokens) if task.ood else {}
+        moved = evaluation.drift(lm, load(cfg.model, lm.device), task, task.test)
+    checkpoint.save_final(run)
+    curves(out / "log.jsonl", out / "curves.png", f"{cfg.recipe}, {Path(lm.name).name}, seed {cfg.seed}")
+    pick = lambda m: {k: m[k] for k in ("accuracy", "by_task", "interval", "length", "eos") if k in m}
+    summary = {
+        "model": lm.name,
+        "recipe": cfg.recipe,
+        "seed": cfg.seed,
+        "steps": run.step,
+        "seconds": round(time.perf_counter() - begun, 1),
+        "before": pick(before["alone"]),
+        "after": pick(alone) | moved,
+        "ceiling": pick(before["ceiling"]),
+        "ood": {"before": pick(before["ood"]), "after": pick(ood)},
+        "data": task.fingerprint(),
+    }
+    checkpoint.write_json(out / "summary.json", summary)
+    checkpoint.clear(out)
+    columns = {"before": before["alone"], "after": alone, "ceiling (base with reference)": before["ceiling"]}
+    print("\n" + evaluation.table(columns))
+    if ood:
+        print("\nout of distribution\n" + evaluation.table({"before": before["ood"], "after": ood}))
+    print(
+        f"\nmean held-out accuracy {before['alone']['accuracy']:.1f} -> {alone['accuracy']:.1f} "
+        f"(ceiling {before['ceiling']['accuracy']:.1f}) | JSD to base {moved['jsd_to_base']:.4f} nats | "
+        f"retention PPL {moved['retention_ppl']:.2f} | {summary['seconds']:.0f} s | {out}"
+    )
+    return summary

@@ -90,7 +90,7 @@ def test_every_recipe_sees_the_same_examples_in_the_same_order():
 
 def test_references_as_completions_end_like_a_turn(tmp_path):
     run = train.start(make("sft", out=str(tmp_path), **FAST))
-    p = [train.prompts_of(run, i) for i in range(4)]
+    p = [run.prompts_of(i) for i in range(4)]
     ids, mask = train.write_answers(run, [x["student"] for x in p], [0, 1, 2, 3])
     for i in range(4):
         text = run.lm.tokenizer.decode(ids[i][mask[i].bool()])
@@ -128,7 +128,7 @@ def test_a_full_disk_is_one_clear_line_and_keeps_the_last_checkpoint(tmp_path, m
         return real(*args, **kwargs)
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
-    with pytest.raises(RuntimeError, match="disk is full"):
+    with pytest.raises(checkpoint.DiskFull, match="disk is full"):
         train.main(make("sd", out=str(tmp_path), **(FAST | dict(steps=5, save_every=2))))
     assert [p.name for p in checkpoint.all_checkpoints(tmp_path)] == ["checkpoint-2"] and not list(
         tmp_path.glob(".writing*")

@@ -1,0 +1,63 @@
+"""What the README says can be done is done here, with fewer steps; what it says of the files is true."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+FEWER = {  # script -> flags that make it quick
+    "train.py": "--steps 2 --batch 4 --micro-batch 4 --eval-size 1 --train-size 50 --teacher-every 0 --device cpu",
+    "eval.py": "--size 1 --device cpu",
+    "tiny.py": "--steps 1 --out tiny-again",
+    "study.py": "--recipes sd --seeds 1 --train --steps 1 --batch 2 --eval-size 1 --train-size 50 --teacher-every 0",
+}
+
+
+def commands():
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    return [line.split("#")[0].strip() for b in blocks for line in b.splitlines() if line.startswith("python")]
+
+
+def test_the_readmes_commands_run_in_the_order_in_which_they_stand(tmp_path):
+    assert len(commands()) >= 8
+    for command in commands():
+        script, *flags = command.split()[1:]
+        more = FEWER[script].split() if "--resume" not in flags and "--help" not in flags else []
+        env = os.environ | {"HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, str(ROOT / script), *flags, *more],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def test_no_placeholder_is_left_and_every_link_leads_somewhere():
+    assert not re.findall(r"@[A-Z_]+@", README)
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize(("name", "lines"), re.findall(r"\| `(\w+\.py)` \| (\d+) \|", README))
+def test_line_counts_are_about_right(name, lines):
+    actual = (ROOT / name).read_text().count("\n")
+    assert abs(actual - int(lines)) <= max(5, 0.1 * actual), f"{name} has {actual} lines, the README says {lines}"
+
+
+def test_every_file_is_in_the_reading_order_and_every_named_thing_exists():
+    assert {p.name for p in ROOT.glob("*.py")} == set(re.findall(r"\| `(\w+\.py)` \| \d+ \|", README))
+    for module, name in re.findall(r"`(losses|agreement|ema|unisd|reading)\.(\w+)", README):
+        assert re.search(rf"\b{name}\b", (ROOT / f"{module}.py").read_text()), f"{module}.{name}"
+    for flag in set(re.findall(r"`(--[a-z-]+)", README)):
+        field = flag[2:].replace("-", "_")
+        assert any(
+            field in (ROOT / f).read_text() for f in ("config.py", "unisd.py", "eval.py", "study.py", "tiny.py")
+        ), flag
