@@ -97,18 +97,13 @@ def write_json(path: Path, value) -> None:
         os.replace(new, path)
 
 
-def save_model(run, folder: Path) -> None:
-    run.lm.model.save_pretrained(folder)
-    run.lm.tokenizer.save_pretrained(folder)
-
-
 def save(run) -> Path:
     """Write checkpoint-<step>, then remove the older ones."""
     out = Path(run.cfg.out)
     new, final = out / f".writing-{run.step}", out / f"checkpoint-{run.step}"
     try:
         with disk(final.name):
-            save_model(run, new)
+            run.lm.save(new)
             torch.save(state_of(run), new / "state.pt")
             for file in new.iterdir():
                 with file.open("rb") as f:
@@ -133,6 +128,7 @@ def state_of(run) -> dict:
         "cursor": run.step * run.cfg.batch,
         "optimizer": run.optimizer.state_dict(),
         "ema": run.average.state_dict() if run.average else None,
+        "factors": {n: p.data for n, p in run.lm.model.named_parameters() if p.requires_grad} if run.lm.adapter else {},
         "rng": {
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -158,8 +154,8 @@ def restore(run) -> None:
     found = all_checkpoints(out)
     if found:
         state = torch.load(found[-1] / "state.pt", map_location=run.lm.device, weights_only=True)
-        weights = type(run.lm.model).from_pretrained(found[-1], dtype=torch.float32).state_dict()
-        run.lm.model.load_state_dict(weights)
+        weights = state["factors"] or type(run.lm.model).from_pretrained(found[-1], dtype=torch.float32).state_dict()
+        run.lm.model.load_state_dict(weights, strict=not state["factors"])
         run.optimizer.load_state_dict(state["optimizer"])
         if run.average:
             run.average.load_state_dict(state["ema"])
@@ -197,7 +193,7 @@ def save_final(run) -> None:
     out = Path(run.cfg.out)
     new = out / ".writing-final"
     with disk("the trained model"):
-        save_model(run, new)
+        run.lm.save(new)
         for file in new.iterdir():
             os.replace(file, out / file.name)
         new.rmdir()

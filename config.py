@@ -27,9 +27,17 @@ from unisd import Mechanisms, opt
 
 # Each row is what differs from plain on-policy self-distillation ("sd"). Values are the paper's where it gives them.
 RECIPES: dict[str, dict] = {
-    "raw": dict(steps=0),
+    "raw": dict(steps=0, epochs=0.0),
+    "privileged": dict(steps=0, epochs=0.0, privileged=True),
+    # baselines
     "sft": dict(on_policy=0.0, w_div=0.0, w_nll=1.0),
     "ssd": dict(sampler="base", temperature=1.2, w_div=0.0, w_nll=1.0),
+    "sdft": dict(
+        divergence="reverse"
+    ),  # as its paper writes it; its released results used the forward KL, which is "sd"
+    "gkd": dict(divergence="jsd", alpha=0.5, on_policy=0.5),
+    "opsd": dict(teacher="live"),
+    # UniSD's rows
     "sd": dict(),
     "agree-token": dict(agreement="token"),
     "agree-seq": dict(agreement="sequence"),
@@ -42,10 +50,29 @@ RECIPES: dict[str, dict] = {
 }
 
 # What a model of this size needs, whatever the recipe. "auto" takes tiny for --model tiny and real for everything else.
+OFFICIAL = dict(
+    data="scienceqa", steps=0, epochs=1.0, batch=64, lr=2e-5, lora_rank=64, lora_alpha=128, lora_dropout=0.05
+)
 PRESETS: dict[str, dict] = {
     "tiny": dict(lr=1e-3, steps=240, batch=48, micro_batch=48, gamma=1.0, temperature=1.0, max_new_tokens=40),
-    "real": dict(),
+    "real": OFFICIAL | dict(lora_rank=0, lora_dropout=0.0, lr=5e-6),
+    "official": OFFICIAL | dict(context_reference=False, context_kind="retrieval"),
 }
+# The official scripts halve the batch and weaken gamma for UniSD*.
+PRESET_RECIPES = {(p, "unisd-star"): dict(gamma=0.001, batch=32) for p in ("real", "official")}
+
+# What still differs under --preset official, said at the start of such a run.
+DEPARTURES = (
+    "sequence weights act (theirs cancel): --normalizer sequence for theirs",
+    "the EMA teacher moves under LoRA (theirs does not): --teacher frozen for what theirs computes",
+    "the loss is at temperature 1 (theirs at the sampling temperature): --distill-temperature 0.7 for theirs",
+    "a mean over the step's tokens (theirs: of per-sequence means, per micro-batch): --normalizer sequence",
+    "negatives are verified and share the reference's template; contexts are in the task's own format",
+    "an epoch is rounded to whole steps (theirs drops the last incomplete batch); weights are fp32 (theirs bf16)",
+)
+
+
+CONTEXT_KINDS = ("random", "retrieval", "induction")
 
 
 @dataclass
@@ -53,11 +80,12 @@ class Config(Mechanisms):
     """One run. Field order is the order of --help."""
 
     model: str = opt("tiny", "short name (tiny, Qwen2.5-0.5B, ...), hub id, or folder")
-    data: str = opt("tiny", "what to learn: tiny")
+    data: str = opt("tiny", "what to learn: tiny, a benchmark (scienceqa, mbpp, gsm8k, ...), or your own file.jsonl")
     recipe: str = opt("unisd-star", "a row of the paper's table: a few overrides of these settings", tuple(RECIPES))
     preset: str = opt("auto", "settings for a model size; auto picks by --model", ("auto", *PRESETS))
     seed: int = opt(0, "seeds the data order, the sampling and the dropout")
     out: str = opt("", "folder for log, curves, checkpoints and summary ('' = runs/<recipe>-seed<seed>)")
+    dry_run: bool = opt(False, "say what the run would do and cost, then stop; nothing is downloaded")
     resume: bool = opt(False, "go on from the last checkpoint in --out, bit for bit")
     # --- the teacher
     teacher: str = opt(
@@ -69,6 +97,12 @@ class Config(Mechanisms):
     ema_every: int = opt(10, "optimizer steps between two EMA updates")
     contexts: int = opt(3, "K: how many contexts the agreement compares")
     demos: int = opt(1, "solved examples in each context")
+    context_kind: str = opt(
+        "random", "what a context shows: random or similar solved examples, or an induced instruction", CONTEXT_KINDS
+    )
+    context_reference: bool = opt(True, "contexts also hold the question's own reference")
+    retriever: str = opt("states", "similarity by the model's own mean-pooled states, or tfidf", ("states", "tfidf"))
+    negatives: str = opt("rule", "wrong references: by rule, or model-written; both verified wrong", ("rule", "model"))
     # --- sampling
     on_policy: float = opt(
         1.0, "share of the steps trained on the student's own answers; the others use the references"
@@ -78,7 +112,8 @@ class Config(Mechanisms):
     max_new_tokens: int = opt(1024, "longest answer")
     max_prompt_tokens: int = opt(3072, "longest prompt; a longer reference is cut, never the question")
     # --- optimisation
-    steps: int = opt(300, "optimizer steps")
+    steps: int = opt(300, "optimizer steps (0 = as many as --epochs needs)")
+    epochs: float = opt(0.0, "passes over the training questions, where --steps is 0 (both 0 = only evaluate)")
     batch: int = opt(64, "prompts per optimizer step")
     micro_batch: int = opt(4, "sequences per forward and backward; bounds memory, never changes the result")
     sample_batch: int = opt(64, "prompts sampled together")
@@ -86,14 +121,20 @@ class Config(Mechanisms):
     warmup: float = opt(0.1, "share of the steps with a rising learning rate; then cosine to 0")
     weight_decay: float = opt(0.0, "AdamW weight decay")
     grad_norm: float = opt(1.0, "the gradient is scaled down to this norm")
+    lora_rank: int = opt(0, "train LoRA factors of this rank instead of all weights; needs peft (0 = all weights)")
+    lora_alpha: int = opt(128, "LoRA scale is alpha / rank")
+    lora_dropout: float = opt(0.0, "dropout before the LoRA factors")
     grad_checkpointing: bool = opt(False, "recompute activations in the backward: less memory, about a third more time")
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = opt("auto", "matmul precision; weights and optimizer stay fp32", ("auto", "fp32", "bf16"))
     # --- data
     wrong_references: float = opt(0.0, "tiny world: share of training questions whose reference is wrong")
-    train_size: int = opt(4000, "tiny world: number of distinct training questions")
+    train_size: int = opt(4000, "number of training questions (0 = all that a data set has)")
     # --- watching
-    eval_size: int = opt(100, "held-out questions per family, before and after")
+    eval_size: int = opt(
+        100, "held-out questions before and after: per family of the tiny world, else per data set (0 = all)"
+    )
+    privileged: bool = opt(False, "let the final evaluation see the references: the ceiling as a row of its own")
     teacher_every: int = opt(
         40, "steps between two measurements of the teacher's accuracy with the reference (0 = never)"
     )
@@ -139,7 +180,7 @@ def layers(model: str, preset: str, recipe: str) -> dict:
     """The overrides that a model, a preset and a recipe bring, later ones winning."""
     if preset == "auto":
         preset = "tiny" if model == "tiny" else "real"
-    return PRESETS[preset] | RECIPES[recipe]
+    return PRESETS[preset] | RECIPES[recipe] | PRESET_RECIPES.get((preset, recipe), {})
 
 
 def make(recipe: str = "unisd-star", **overrides) -> Config:
@@ -166,10 +207,8 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-AT_LEAST_ONE = (
-    "batch micro_batch sample_batch max_new_tokens chunk max_tokens_per_pass ema_every eval_size demos".split()
-)
-SHARES = "on_policy wrong_references clip_quantile warmup".split()
+AT_LEAST_ONE = "batch micro_batch sample_batch max_new_tokens chunk top_k max_tokens_per_pass ema_every demos".split()
+SHARES = "on_policy wrong_references clip_quantile warmup lora_dropout".split()
 ABOVE_ZERO = "temperature distill_temperature agreement_temperature".split()
 
 
@@ -203,6 +242,15 @@ def contradictions(cfg: Config) -> list[tuple[bool, str]]:
             cfg.divergence == "jsd" and not 0 < cfg.alpha < 1,
             f"--alpha {cfg.alpha} must lie strictly between 0 and 1 for --divergence jsd "
             "(at both ends the JSD is zero); use --divergence forward or reverse",
+        ),
+        (
+            cfg.estimator == "sampled" and cfg.divergence != "reverse",
+            f"--estimator sampled with --divergence {cfg.divergence}: one sampled token only estimates the reverse KL; "
+            "add --divergence reverse",
+        ),
+        (
+            cfg.data == "tiny" and not (cfg.train_size and cfg.eval_size),
+            "--train-size and --eval-size must be at least 1 for --data tiny: a procedural world has no end",
         ),
         (
             bool(cfg.clip and cfg.clip_quantile),

@@ -50,6 +50,7 @@ class Wording:
     )
     demo: str = "[Solved example]\n{question}\n{answer}\n[End of example]"
     context: str = "{demos}\n\nNow your task, which is another one:\n\n{question}"
+    instruction: str = "[General instruction]\n{instruction}\n\n{question}"
 
 
 @dataclass
@@ -86,11 +87,15 @@ def teacher_message(wording: Wording, question: str, reference: str) -> str:
     return wording.teacher.format(question=question, reference=reference)
 
 
-def context_message(wording: Wording, example: Example, demos: Sequence[Example], with_reference: bool) -> str:
-    """Demonstrations of *other* questions, then the task, with or without its reference."""
+def context_message(wording: Wording, own: str, demos: Sequence[Example]) -> str:
+    """Demonstrations of *other* questions, then `own`: the question, with or without its reference."""
     shown = "\n\n".join(wording.demo.format(question=d.question, answer=d.demo or d.reference) for d in demos)
-    own = teacher_message(wording, example.question, example.reference) if with_reference else example.question
     return wording.context.format(demos=shown, question=own)
+
+
+def instruction_message(wording: Wording, own: str, instruction: str) -> str:
+    """A general instruction, then `own`: the question, with or without its reference."""
+    return wording.instruction.format(instruction=instruction, question=own)
 
 
 def fit_prompt(tokenizer, build: Callable[[str], str], reference: str, limit: int) -> tuple[list[int], int]:

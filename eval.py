@@ -64,7 +64,7 @@ def measure(lm: Loaded, task: Task, examples: Sequence[Example], with_reference:
     return {
         "accuracy": sum(by_task.values()) / len(by_task),
         "by_task": by_task,
-        "interval": {f: wilson(sum(h), len(h)) for f, h in hits.items()},
+        "interval": {f: list(wilson(sum(h), len(h))) for f, h in hits.items()},
         "abstained": 100 * sum(r["abstained"] for r in results) / len(results),
         "length": mask.sum(1).float().mean().item(),
         "eos": 100 * ended(lm, ids, mask).float().mean().item(),
@@ -80,7 +80,13 @@ def ended(lm: Loaded, ids: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def drift(
-    tuned: Loaded, base: Loaded, task: Task, examples: Sequence[Example], chunk: int = 256, budget: int = 16384
+    tuned: Loaded,
+    base: Loaded,
+    task: Task,
+    examples: Sequence[Example],
+    size: int = 0,
+    chunk: int = 256,
+    budget: int = 16384,
 ) -> dict:
     """How far `tuned` is from `base` (see the top of the file). Both must share one tokenizer: raises ValueError if
     they do not.
@@ -91,7 +97,9 @@ def drift(
             "give the model it was trained from"
         )
     prompts = prompts_for(tuned, task, examples, with_reference=False)
-    answers = {name: generate(lm, prompts, task.max_new_tokens, 0.0) for name, lm in (("base", base), ("tuned", tuned))}
+    answers = {
+        name: generate(lm, prompts, size or task.max_new_tokens, 0.0) for name, lm in (("base", base), ("tuned", tuned))
+    }
     out = {"jsd_to_base": token_jsd(tuned, base, prompts, *answers["base"], chunk, budget)}
     out["retention_ppl"] = perplexity(base, prompts, *answers["tuned"], chunk, budget)
     out["reverse_ppl"] = perplexity(tuned, prompts, *answers["base"], chunk, budget)

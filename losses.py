@@ -75,6 +75,35 @@ def jsd(student: Tensor, teacher: Tensor, alpha: float = 0.5) -> Tensor:
     return alpha * kl(teacher, mixture) + (1.0 - alpha) * kl(student, mixture)
 
 
+def top_k_with_tail(student: Tensor, teacher: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The teacher's k likeliest tokens and one bucket for all the others. (..., V)x2 -> (..., k + 1)x2, log-probs.
+
+    What comes out are distributions, so any divergence of them is one: never above the full one, equal to it at k = V.
+    Without the tail they would be renormalised conditionals, or not sum to 1, and their "KL" could be negative.
+    """
+    top = teacher.topk(min(k, teacher.shape[-1]), dim=-1).indices
+
+    def bucketed(logps: Tensor) -> Tensor:
+        # The tail is summed, not taken as log(1 - sum of the head): that loses every digit where the head has all the
+        # mass. -1e30 instead of -inf: an empty tail (k = V) must have probability 0 and a gradient that is not nan.
+        tail = logps.scatter(-1, top, -1e30).logsumexp(-1, keepdim=True)
+        return torch.cat([logps.gather(-1, top), tail], -1)
+
+    return bucketed(student), bucketed(teacher)
+
+
+def sampled_reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """One-sample estimate of KL(student || teacher) from log-probs of the sampled token. (...)x2 -> (...).
+
+    Value: log p_s(y) - log p_t(y), which may be negative for one token. Gradient: (log p_s(y) - log p_t(y)) grad log
+    p_s(y), the score-function form, because y was drawn from the student: the gradient of the value itself has
+    expectation 0 and teaches nothing. Both are unbiased for tokens sampled at temperature 1 from the student that is
+    being trained.
+    """
+    ratio = (student - teacher).detach()
+    return ratio + ratio * (student - student.detach())
+
+
 def clip_tokens(per_token: Tensor, ceiling: float | Tensor | None) -> Tensor:
     """min(D, ceiling), eq. 9: beyond the ceiling the value is constant and the gradient is 0. None = no clipping. (...)
     -> (...).

@@ -22,8 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+transformers.utils.logging.disable_progress_bar()  # loading half a second of weights needs no bar
 
 TINY = Path(__file__).parent / "assets" / "tiny-base"
 SHORT = {  # short names; the id they stand for is printed and saved
@@ -70,6 +73,38 @@ class Loaded:
     eos: list[int]
     vocab: int
     name: str  # the resolved hub id or folder
+    adapter: nn.Module | None = None  # peft's wrapper around `model` where LoRA factors are trained
+
+    def add_lora(self, rank: int, alpha: int, dropout: float) -> None:
+        """Freeze the weights and train LoRA factors beside the attention and MLP projections. Raises ValueError without
+        peft.
+        """
+        try:
+            import peft
+        except ImportError as error:
+            raise ValueError(
+                "--lora-rank needs peft: pip install peft, or --lora-rank 0 to train all weights"
+            ) from error
+        where = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+        how = peft.LoraConfig(
+            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=where, task_type="CAUSAL_LM"
+        )
+        self.adapter = peft.get_peft_model(
+            self.model, how
+        )  # puts the factors into `model`, which stays what everyone reads
+
+    @contextmanager
+    def applied_to(self, model: nn.Module):
+        """`with lm.applied_to(lm.model):` the base as it was: the adapter is off. The frozen teacher under LoRA costs
+        no copy.
+        """
+        with self.adapter.disable_adapter():
+            yield model
+
+    def save(self, folder) -> None:
+        """The model, or its adapter, and the tokenizer, as a Hugging Face folder."""
+        (self.adapter or self.model).save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
     @property
     def device(self) -> torch.device:
@@ -202,9 +237,11 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
     Code from the hub is never run, and weights are read from safetensors only: nothing is unpickled.
     """
     where = SHORT.get(name, name)
+    adapter = Path(where) / "adapter_config.json"
+    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else where
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False, use_safetensors=True)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise ValueError(explain_missing(name, where, error)) from error
     eos, vocab, rows = end_ids(model, tokenizer), len(tokenizer), model.get_input_embeddings().weight.shape[0]
@@ -222,7 +259,12 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
             f"--model {name}: no end-of-text id in its tokenizer or generation config, so an answer would never end; "
             "set eos_token_id"
         )
-    return Loaded(model.to(device), tokenizer, eos, vocab, where)
+    lm = Loaded(model.to(device), tokenizer, eos, vocab, where)
+    if adapter.exists():
+        import peft
+
+        lm.adapter = peft.PeftModel.from_pretrained(model, where, use_safetensors=True)
+    return lm
 
 
 def explain_missing(name: str, where: str, error: Exception) -> str:

@@ -1,70 +1,64 @@
 """sandbox.py - run a stranger's (a language model's) Python against test statements, and survive.
 
-A *helper* (one clean interpreter per batch) forks a *judge* per job, which runs the tests and forks the *program*. Between
-these two only plain data (numbers, text, lists, dicts ...) crosses a pipe: the judge asks "call f with 1" and hears "8"; all
-else stays in the program and goes by a number. So == compares what the judge decoded, and the program never holds a test, an
-expected value, or anything that means "passed": there is no verdict in it to forge.
+A *judge* forks a *program* and then reads the tests. Only plain data (numbers, text, lists, dicts ...) crosses the pipe
+between them: the judge asks "call f with 1" and hears "8"; all else stays in the program and goes by a number. So ==
+compares what the judge decoded, and the program never holds a test, an expected value or anything that means "passed":
+there is no verdict in it to forge. The official code calls exec() in the scoring process behind an alarm: sys.exit()
+ends the evaluation, `except Exception` swallows the alarm, an object whose __eq__ is always True passes, no limits.
 
-Not like the official code, which calls exec() in the scoring process behind an alarm: there sys.exit() ends the evaluation,
-`while True: try ... except Exception` swallows the alarm for ever, an object whose __eq__ is always True passes, and nothing
-limits memory, files, network or processes.
+Protected on Linux, alike as root, as a user and in a container: files (Landlock: read Python and system libraries,
+write one private folder), network and other processes (a filter on system calls; a program cannot fork), environment,
+time, memory, file size, threads; root is given up. Namespaces would add little, and many machines refuse them. Call
+`describe()` to try attacks *here*: before Linux 5.13 files are safe only if the caller is root and changes uid; without
+the filter (neither x86_64 nor aarch64; macOS) a program can do what you can. Not protected: the kernel (no boundary for
+hostile code from the internet: use a VM); many small files can fill a disk; a program may know a benchmark by heart.
+A program answers for its own objects (`if f(x)`, `Node(1).left`); == with one raises unless it is plain data at heart.
+Tests cannot hand functions to a program, subclass or `except` its classes, compute with its objects, or use `is`.
 
-Protected on Linux, alike as root, as a user and in a container: files (Landlock: read Python and the system's libraries, write
-one private folder), network, other processes and starting any (a system-call filter), the environment (empty), time, memory,
-file size, threads (limits); root is given up. Namespaces would hide more, but containers and Ubuntu refuse them, and then one
-needs all this anyway. `describe()` tries attacks and tells what is blocked *here*: before Linux 5.13 only the change of uid
-guards files, for root alone; on macOS only the limits remain.
-
-Not protected: the kernel, so this is no boundary for hostile code from the internet (use a VM); many small files can fill a
-disk; the jobs of an ordinary user share one allowance of threads. A program answers for its own objects (`if f(x)`,
-`Node(1).left`), but == with one raises unless it is plain data at heart (a list's subclass). It may know a public benchmark by
-heart. Tests cannot give lambdas to the program, subclass or `except` its classes, or use `f(x) is x`.
-
-Standard library only.   Try it:  python sandbox.py   (tries the attacks here)   python -m pytest tests/test_sandbox.py -q
+Standard library only.   Try it:  python sandbox.py   (tries the attacks)   python -m pytest tests/test_sandbox.py -q
 """
 
 import ast
 import builtins
 import contextlib
 import ctypes
-import io
 import json
 import operator
 import os
-import pickle
 import signal
 import struct
 import subprocess
 import sys
 import tempfile
+import traceback
 import types
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-LINUX = sys.platform == "linux"
+with contextlib.suppress(ImportError):
+    import resource  # not on Windows
+
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+Jobs = Sequence[tuple[str, Sequence[str]]]  # programs, each with its test statements
 
 
 @dataclass(frozen=True)
 class Limits:
     wall_seconds: float = 10.0  # per job, program and tests together
-    cpu_seconds: int = 10  # of the program, and again of its tests
-    memory_mb: int = 1024  # address space, likewise
+    cpu_seconds: int = 10  # of the program
+    memory_mb: int = 1024  # address space, of the program and again of its judge
     file_mb: int = 1  # the largest file
-    processes: int = 8  # threads, the first included; starting processes is forbidden
+    processes: int = 8  # threads (if not root, besides as many as the machine has); starting processes is forbidden
     output_bytes: int = 8_000_000  # the longest answer to one question of a test; what is printed goes nowhere
 
 
 @dataclass(frozen=True)
 class Verdict:
     passed: bool
-    reason: (
-        str  # one printable line, at most 200 characters: "passed", "assertion failed: ...", "timeout", "error: ..."
-    )
+    reason: str  # one printable line of at most 200 characters: "passed", "assertion failed: ...", "timeout" ...
 
 
-def run_tests(
-    jobs: Sequence[tuple[str, Sequence[str]]], limits: Limits = Limits(), progress: bool = False
-) -> list[Verdict]:
+def run_tests(jobs: Jobs, limits: Limits = Limits(), progress: bool = False) -> list[Verdict]:
     """Run each (program, test statements); verdicts in the same order. A job can fail only itself, never another.
 
     Tests run in order and share their names; a name they do not define is the program's. No tests: not passed.
@@ -72,195 +66,285 @@ def run_tests(
     """
     if not hasattr(os, "fork"):
         raise NotImplementedError("the sandbox needs fork(): use Linux, macOS, or WSL on Windows")
-    verdicts = [Verdict(False, "error: the sandbox helper died")] * len(jobs)
     home = tempfile.mkdtemp(prefix="sandbox-")
-    os.chmod(home, 0o711)  # jobs with another uid must be able to pass through
-    command = [sys.executable, "-S", "-s", "-P", "-B", os.path.abspath(__file__), "--serve"]
-    # No -E, on purpose: the environment holds only this, and a fixed hash seed makes verdicts repeatable.
-    env = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
-    env |= {k: v for k, v in os.environ.items() if k in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")}  # to find libpython
-    try:
-        # Jobs wait in a file without a name, not in the helper: every program would inherit its memory, tests included.
-        with tempfile.TemporaryFile() as spool:
-            places = []
-            for source, tests in jobs:
-                places.append((spool.tell(), spool.write(json.dumps([source, list(tests)]).encode())))
-            spool.flush()
-            order = dict(limits=asdict(limits), spool=spool.fileno(), home=home, places=places)
-            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[spool.fileno()])
-            # A new program, never fork(): the caller may have threads, and torch.
-            with subprocess.Popen(command, env=env, cwd="/", start_new_session=True, **pipes) as helper:
-                try:
-                    helper.stdin.write(json.dumps(order).encode() + b"\n")
-                    helper.stdin.close()
-                    for done, line in enumerate(helper.stdout, 1):
-                        index, passed, reason = json.loads(line)
-                        verdicts[index] = Verdict(passed, reason)
-                        if progress:
-                            print(f"\rsandbox {done}/{len(jobs)} jobs", end="", file=sys.stderr, flush=True)
-                finally:
-                    helper.kill()  # for Ctrl-C; judges and programs ask the kernel to die with it
-    finally:
-        subprocess.run(["rm", "-rf", home])  # not shutil.rmtree: a program may nest folders deeper than Python recurses
+    os.chmod(home, 0o711)  # for a program with another uid
+    command = [sys.executable, "-S", "-s", "-P", "-B", os.path.abspath(__file__), json.dumps(asdict(limits)), home]
+    # Not fork(): the caller may have threads. No -E: the environment is ours, a fixed hash seed makes verdicts repeat.
+    env = {"PYTHONHASHSEED": "0", "PYTHONINTMAXSTRDIGITS": "0", "MALLOC_ARENA_MAX": "1"}
+    env["LD_LIBRARY_PATH"] = os.environ.get("LD_LIBRARY_PATH", "")  # some builds of Python need it
+    verdicts = [Verdict(False, "timeout")] * len(jobs)  # stays so if the judge dies: then a test was stuck, or greedy
+    with tempfile.TemporaryFile() as queue:
+        for number, (source, tests) in enumerate(jobs):
+            job = json.dumps([number, source, "\n".join(tests)]).encode()
+            queue.write(b"%20d" % len(job) + job)
+        queue.seek(0)
+        with subprocess.Popen(command, stdin=queue, stdout=subprocess.PIPE, env=env, start_new_session=True) as helper:
+            try:
+                for done, line in enumerate(helper.stdout, 1):
+                    number, *verdict = json.loads(line)
+                    verdicts[number] = Verdict(*verdict)
+                    if progress:
+                        sys.stderr.write(f"\rsandbox {done}/{len(jobs)}" + "\n" * (done == len(jobs)))
+                if helper.wait():
+                    raise RuntimeError("the sandbox's helper died: see above")
+            finally:  # on Ctrl-C too; judges and programs ask the kernel to die with it
+                helper.kill()
+                subprocess.run(["rm", "-rf", home])  # not rmtree: folders may nest deeper than Python recurses
     return verdicts
 
 
 def describe() -> str:
     """Try some attacks on this machine; a line for each says how it ended."""
-    attacks = {
-        "read your files": "open('/etc/passwd')",
-        "write to /tmp": "os.close(os.open('/tmp', os.O_WRONLY | os.O_TMPFILE))",
-        "read your environment": "open(f'/proc/{os.getppid()}/environ')",
-        "signal your processes": "os.kill(os.getppid(), 0)",
-        "start a process": "os.fork()",
-        "open a socket": "__import__('socket').socket()",
-        "take 2 GB of memory": "bytearray(2 << 30)",
-        "stay root": "assert os.getuid() == 0",
-    }
-    verdicts = run_tests([(f"import os\n{attack}", ["pass"]) for attack in attacks.values()])
-    return "\n".join(f"{k:24}{'POSSIBLE' if v.passed else v.reason}" for k, v in zip(attacks, verdicts, strict=True))
+    attacks = """open('/etc/passwd') tempfile.TemporaryFile(dir='/tmp') open(f'/proc/{os.getppid()}/environ')
+        os.kill(os.getppid(),0) os.fork()or(os._exit(0)) socket.socket() bytearray(2<<30)""".split()
+    verdicts = run_tests([(f"import os, socket, tempfile\n{attack}", ["pass"]) for attack in attacks])
+    return "\n".join(f"{a:40} {'POSSIBLE' if v.passed else v.reason}" for a, v in zip(attacks, verdicts, strict=True))
 
 
-# --- the helper ------------------------------------------------------------------------------------------------------
+# --- the helper, one per batch; its judges, one per job; what a judge sees of the program ----------------------------
 
-PRELOAD = "asyncio bisect copy fractions hashlib heapq math queue random re statistics string textwrap threading typing"
+GATHERED = {kind.__name__: kind for kind in (list, tuple, set, frozenset, dict, bytes, bytearray)}
+BASES = (int, float, str, *GATHERED.values())
+GATHERED |= {"complex": lambda parts: complex(*parts), "range": lambda parts: range(*parts)}
 
 
-def _serve() -> None:
-    """Read one order from stdin, answer one JSON line per job, in any order: [index, passed, reason]."""
-    order = json.loads(sys.stdin.buffer.readline())
-    limits, waiting, running = Limits(**order["limits"]), list(enumerate(order["places"]))[::-1], {}
-    out, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
-    for fd in 0, 1, 2:
-        os.dup2(null, fd)
+def _serve(limits: Limits, home: str) -> None:
+    """Fork a judge for each job in stdin, as many at a time as there are cores."""
     os.environ.clear()
-    for name in PRELOAD.split():  # what many programs import: cheaper once here than once per job
-        __import__(name)
-    slots, uid, threads = list(range(os.cpu_count() or 1)), 0, limits.processes
-    if os.geteuid() == 0:
-        uid = 0x40000000 + os.getpid() % 0x100000 * 1024  # + slot: nobody else's
-    elif LINUX:  # RLIMIT_NPROC counts all threads of the user; this counts those of all users, which is near enough
-        threads += 2 * len(slots) + int(open("/proc/loadavg").read().split("/")[1].split()[0])
-    if LINUX:
-        _c("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the caller
-        _c("prctl", 36, 1)  # PR_SET_CHILD_SUBREAPER: when a judge dies, its program becomes our child
-    while waiting or running:
-        while waiting and slots:
-            index, place = waiting.pop()
-            slot, (hear, tell) = slots.pop(), os.pipe()
-            judge = os.fork()
-            if judge == 0:
-                _judge(limits, (limits, threads, uid and uid + slot, order["home"]), order["spool"], place, tell)
-            os.close(tell)
-            running[judge] = index, slot, hear
-        pid, status = os.wait()
-        if pid in running:
-            index, slot, hear = running.pop(pid)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)  # the program, which the filter keeps in the judge's process group
-            verdict, code = os.read(hear, 65536), os.waitstatus_to_exitcode(status)
-            os.close(hear)
-            slots.append(slot)
-            lost = [False, "timeout" if code in (-signal.SIGALRM, -signal.SIGXCPU) else f"killed: the judge, {code}"]
-            os.write(out, json.dumps([index, *(json.loads(verdict) if verdict else lost)]).encode() + b"\n")
+    if LIBC:
+        LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the caller
+        LIBC.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: when a judge dies, its program becomes our child
+    judges = set()
+    while size := int(os.read(0, 20) or 0):
+        place = os.lseek(0, size, os.SEEK_CUR) - size
+        judge = os.fork()
+        if judge == 0:
+            try:
+                _judge(size, place, limits, home)
+            finally:
+                os._exit(0)
+        judges.add(judge)
+        while len(judges) >= (os.cpu_count() or 1):
+            judges.discard(os.wait()[0])
+    while judges:
+        judges.discard(os.wait()[0])
 
 
-# --- the cage: judge and program give up what they do not need, for good ---------------------------------------------
+def _judge(size: int, place: int, limits: Limits, home: str) -> None:
+    """Fork the program, *then* read its job, so that it cannot inherit the tests. Answer [number, passed, reason]."""
+    if LIBC:
+        resource.setrlimit(resource.RLIMIT_AS, [limits.memory_mb << 20] * 2)
+        LIBC.prctl(1, signal.SIGKILL)
+        LIBC.prctl(4, 0)  # PR_SET_DUMPABLE: a program with our uid must not read or trace us
+    (hear, to_judge), (from_judge, tell) = os.pipe(), os.pipe()
+    program = os.fork()
+    signal.setitimer(signal.ITIMER_REAL, limits.wall_seconds)  # SIGALRM kills: the judge, if not the program
+    if program == 0:
+        _cage(limits, home, from_judge, to_judge)
+        return _program(os.fdopen(62), os.fdopen(63, "w"))
+    os.close(to_judge)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  tests may print
+    hear, tell = os.fdopen(hear), os.fdopen(tell, "w")
+
+    def ask(operation, *args, **named):
+        """Have the program do something; return or raise what comes of it."""
+        tell.write(json.dumps([operation, _encode(args), _encode(named)]) + "\n")
+        tell.flush()
+        line = hear.readline(limits.output_bytes)
+        try:
+            names, value, changed = json.loads(line)
+        except ValueError:
+            raise _Gone("error: answer too long, or nonsense" if line else "") from None
+        if names:  # the nearest built-in exception; checked, or the program could name `eval`
+            kinds = [k for k in map(vars(builtins).get, names) if isinstance(k, type) and issubclass(k, BaseException)]
+            raise kinds[0].__new__(kinds[0], value)
+        for arg, new in zip(args, _decode(changed), strict=True):  # what the program changed in place
+            if new is not None:
+                arg.clear()
+                (arg.update if isinstance(arg, dict | set) else arg.extend)(new)
+        return _decode(value, None, ask)
+
+    number, source, tests = json.loads(os.pread(0, size, place))
+    reason = _run(ask, source, tests)
+    if reason:
+        os.killpg(program, signal.SIGKILL)
+    code = -os.waitstatus_to_exitcode(os.waitpid(program, 0)[1])
+    endings = {0: "exited early", signal.SIGXCPU: "timeout", signal.SIGALRM: "timeout"}
+    reason = reason or endings.get(max(0, code)) or f"killed: {signal.strsignal(code)}"
+    reason = "".join(c if c.isprintable() else " " for c in reason)[:200]
+    os.write(1, json.dumps([number, reason == "passed", reason]).encode() + b"\n")
+
+
+def _run(ask, source: str, tests: str) -> str:
+    """Run the tests. -> "passed", or why not, or "" if the program has ended."""
+    try:
+        ask("run", source)
+        tree = ast.parse(tests)
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        given = {name: x for name, x in ask("names", sorted(names)).items() if name in names}
+        # A program may call its function `sum`. But if tests name another function, the `abs` around it is Python's.
+        space = {name: x for name, x in given.items() if name not in vars(builtins)} or given
+        exec(compile(tree, "<tests>", "exec", dont_inherit=True), space)
+        ask("names", [])  # is it still there? A test may have swallowed _Gone
+        return "passed" if tree.body else "no tests"
+    except BaseException as error:
+        text = f"error: {type(error).__name__}: {error.args[0] if len(error.args) == 1 else error}"
+        if isinstance(error, AssertionError):
+            at = [0, *(f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == "<tests>")][-1]
+            text = f"assertion failed: {' '.join(tests.splitlines()[at - 1 : at]).strip() or error}"
+        return {_Gone: str(error), MemoryError: "memory", SystemExit: "exited early"}.get(type(error), text)
+
+
+class _Gone(BaseException):
+    """The program has ended or talks nonsense. Not an Exception: a test might catch that."""
+
+
+class _Remote:
+    """An object that stayed in the program. It answers for itself, except that == looks at plain data only."""
+
+    def __init__(self, ask, number):
+        vars(self).update(_ask=ask, _number=number)
+
+    def __getattr__(self, name):
+        return self._ask("getattr", self, name)
+
+    def __eq__(self, other):
+        return self._ask("plain", self) == other
+
+    async def _wait(self):
+        return self._ask("wait", self)
+
+
+for _name in "call iter next len bool str repr hash int float getitem setitem delitem setattr".split():
+    setattr(_Remote, f"__{_name}__", lambda self, *args, _name=_name, **named: self._ask(_name, self, *args, **named))
+
+
+def _encode(x, home: list | None = None):
+    """Plain data as JSON can hold it. The program keeps any other object in `home`, and sends its number."""
+    kind = type(x)
+    if x is None or kind in (bool, int, float, str):
+        return x
+    if kind is _Remote:
+        return ["home", x._number]
+    if kind in BASES:
+        return [kind.__name__, *(_encode(item, home) for item in (x.items() if kind is dict else x))]
+    if kind in (complex, range):
+        return [kind.__name__, *((x.real, x.imag) if kind is complex else (x.start, x.stop, x.step))]
+    base = next((base for base in BASES if isinstance(x, base)), None)
+    if base and (home is None or kind.__module__ != "program"):  # Counter, HTTPStatus ...
+        return _encode(base(x), home)
+    if home is None:
+        raise TypeError(f"a {kind.__name__} is not plain data")
+    home.append(x)
+    return ["coroutine" if kind is types.CoroutineType else "object", len(home) - 1]
+
+
+def _decode(x, home: list | None = None, ask=None):
+    if type(x) is not list:
+        return x
+    kind, *items = x
+    if kind == "home":
+        return home[items[0]]
+    if kind in ("object", "coroutine"):
+        return _Remote(ask, items[0]) if kind == "object" else _Remote(ask, items[0])._wait()
+    return GATHERED[kind](_decode(item, home, ask) for item in items)
+
+
+# --- the program, and its cage: it gives up what it does not need, for good ------------------------------------------
 
 READABLE = "/lib /lib64 /usr/lib /usr/lib64 /usr/local/lib /nix/store /etc/ld.so.cache /dev/null /dev/urandom /dev/zero"
-# System calls that reach beyond the process, and that Landlock leaves alone: their numbers on x86_64 and aarch64.
-DENIED = """fork 57 -1 vfork 58 -1 execve 59 221 execveat 322 281 kill 62 129 tkill 200 130 tgkill 234 131 socket 41 198
-rt_sigqueueinfo 129 138 rt_tgsigqueueinfo 297 240 pidfd_open 434 434 setsid 112 157 setpgid 109 154 ptrace 101 117
-process_vm_readv 310 270 process_vm_writev 311 271 process_madvise 440 440 prlimit64 302 261 io_uring_setup 425 425
-unshare 272 97 setns 308 268 shmget 29 194 semget 64 190 msgget 68 186 mq_open 240 180 memfd_create 319 279 bpf 321 280
-userfaultfd 323 282 perf_event_open 298 241 keyctl 250 219 add_key 248 217 request_key 249 218 truncate 76 45 prctl 157 167
-chmod 90 -1 fchmodat 268 53 fchmodat2 452 452 chown 92 -1 lchown 94 -1 fchownat 260 54 utime 132 -1 utimes 235 -1
-futimesat 261 -1 utimensat 280 88 setxattr 188 5 lsetxattr 189 6 removexattr 197 14 lremovexattr 198 15"""
+# System calls that reach beyond the process and are no business of Landlock's: their numbers on x86_64 and aarch64.
+CALLS = """MACHINE 3221225534 3221225655 clone 56 220 fcntl 72 25 fork 57 -1 vfork 58 -1 execve 59 221 execveat 322 281
+kill 62 129 tkill 200 130 tgkill 234 131 rt_sigqueueinfo 129 138 rt_tgsigqueueinfo 297 240 pidfd_open 434 434
+ptrace 101 117 process_vm_readv 310 270 process_vm_writev 311 271 prlimit64 302 261 prctl 157 167 socket 41 198
+unshare 272 97 setns 308 268 setpriority 141 140 shmget 29 194 semget 64 190 msgget 68 186 mq_open 240 180
+memfd_create 319 279 io_uring_setup 425 425 bpf 321 280 keyctl 250 219 add_key 248 217 truncate 76 45 chmod 90 -1
+fchmod 91 52 fchmodat 268 53 chown 92 -1 lchown 94 -1 fchownat 260 54 utime 132 -1 utimes 235 -1 futimesat 261 -1
+utimensat 280 88 setxattr 188 5 lsetxattr 189 6 fsetxattr 190 7 removexattr 197 14 lremovexattr 198 15"""
 
 
-def _c(name: str, *args) -> int:
-    """A C library call that raises OSError where C returns -1."""
-    result = ctypes.CDLL(None, use_errno=True)[name](*[ctypes.c_long(a) if isinstance(a, int) else a for a in args])
-    if result == -1:
-        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
-    return result
+def _program(hear, tell) -> None:
+    """Run the program, then do what the judge asks, until it is gone."""
+    module, home = types.ModuleType("program"), []
+    sys.modules["program"], space = module, vars(module)
+    can = vars(builtins) | vars(operator) | {"plain": lambda x: _decode(_encode(x))}
+    can["run"] = lambda source: exec(compile(source, "<program>", "exec", dont_inherit=True), space)
+    can["names"] = lambda names: {name: space[name] for name in names if name in space}
+    can["wait"] = lambda coroutine: __import__("asyncio").run(coroutine)
+    for line in hear:
+        try:
+            operation, args, named = json.loads(line)
+            args = _decode(args, home)
+            value = _encode(can[operation](*args, **_decode(named, home)), home)
+            changed = [x if type(x) in (list, dict, set, bytearray) else None for x in args]
+            answer = [None, value, _encode(changed, home)]
+        except BaseException as error:
+            answer = [[kind.__name__ for kind in type(error).__mro__], str(error)[:300], None]
+        tell.write(json.dumps(answer) + "\n")
+        tell.flush()
 
 
-def _enter(limits: Limits, threads: int, uid: int, home: str) -> None:
-    """Limits, then another uid if we are root, then Landlock, then the filter: each takes away what the last one needed."""
-    import resource  # absent on Windows
-
-    folder = f"{home}/{os.getpid()}"
-    os.mkdir(folder, 0o700)
+def _cage(limits: Limits, home: str, from_judge: int, to_judge: int) -> None:
+    """Give up open files, resources, other files, root, system calls: each step takes away what the last one needed."""
+    for fd, source in enumerate([os.open(os.devnull, os.O_RDWR)] * 3 + [from_judge, to_judge]):
+        os.dup2(source, fd if fd < 3 else fd + 59)
+    os.closerange(3, 62)
+    folder, threads = tempfile.mkdtemp(dir=home), limits.processes
+    os.setsid()
     os.chdir(folder)
     os.environ["TMPDIR"] = folder
-    cpu, memory, size = limits.cpu_seconds, limits.memory_mb << 20, limits.file_mb << 20
-    for name, value in dict(AS=memory, FSIZE=size, CPU=cpu, NPROC=threads, NOFILE=64, CORE=0).items():
-        with contextlib.suppress(ValueError, OSError):  # macOS refuses AS
-            resource.setrlimit(
-                vars(resource)[f"RLIMIT_{name}"], (value, value + (name == "CPU"))
-            )  # SIGXCPU, then SIGKILL
+    uid = 50000 + os.getpid() % 10000 if os.geteuid() == 0 else None  # nobody else's
+    if LIBC:
+        # RLIMIT_NPROC counts all threads of a user; the machine's number is near enough to start from.
+        threads += 0 if uid else int(os.read(os.open("/proc/loadavg", os.O_RDONLY), 99).split(b"/")[1].split()[0])
+        LIBC.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+        LIBC.prctl(8, 1)  # PR_SET_KEEPCAPS
+    for name, value in dict(FSIZE=limits.file_mb << 20, CPU=limits.cpu_seconds, NPROC=threads, NOFILE=64).items():
+        with contextlib.suppress(ValueError, OSError):  # it is lower already. CPU: SIGXCPU, a second later SIGKILL
+            resource.setrlimit(vars(resource)[f"RLIMIT_{name}"], (value, value + (name == "CPU")))
+    landlock = LIBC and _landlock(folder)
     if uid:
-        os.chown(folder, uid, uid)
-        if LINUX:
-            _c("prctl", 8, 1)  # PR_SET_KEEPCAPS
-        os.setgroups([])
-        os.setgid(uid)
-        os.setuid(uid)
-    if LINUX:
-        for option, value in (4, 0), (1, signal.SIGKILL), (38, 1):  # PR_SET_DUMPABLE, _PDEATHSIG, _NO_NEW_PRIVS
-            _c("prctl", option, value, 0, 0, 0)
-        landlock = _landlock(folder)
-        # A Python below /root (0700) is closed to other users. CAP_DAC_OVERRIDE opens it; Landlock keeps the rest closed.
-        capabilities = 2 if uid and landlock and not os.access(os.__file__, os.R_OK) else 0
-        _c("capset", struct.pack("Ii", 0x20080522, 0), struct.pack("6I", capabilities, capabilities, 0, 0, 0, 0))
+        with contextlib.suppress(OSError):  # a root without powers
+            os.chown(folder, uid, uid)
+            os.setgroups([])
+            os.setgid(uid)
+            os.setuid(uid)
+    if LIBC:
+        LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        # A Python below /root (0700) is closed to others. CAP_DAC_OVERRIDE opens it; Landlock keeps the rest closed.
+        bits, header = 2 * (landlock and not os.access(os.__file__, os.R_OK)), struct.pack("Ii", 0x20080522, 0)
+        LIBC.capset(header, struct.pack("6I", bits, bits, 0, 0, 0, 0)) and LIBC.capset(header, bytes(24))
         _filter()
 
 
 def _landlock(folder: str) -> bool:
-    """Files: write only below `folder`, read only Python and the system's libraries. False: the kernel has no Landlock."""
-    with contextlib.suppress(OSError):
-        abi = _c("syscall", 444, None, 0, 1)
-        every = (1 << min(12 + abi, 15)) - 1  # 13 rights at first, then one for moving files, then one for truncating
-        handled = struct.pack("3Q", every, 3, 3)[: 8 if abi < 4 else 16 if abi < 6 else 24]  # TCP; signals, sockets
-        rules = _c("syscall", 444, handled, len(handled), 0)
-        read_only = {*READABLE.split(), f"{sys.base_prefix}/lib", os.path.dirname(os.__file__)}
-        for path in filter(os.path.exists, [folder, *read_only]):
-            rights = every if path == folder else 12 if os.path.isdir(path) else 6  # 2 write, 4 read a file, 8 a folder
-            fd = os.open(path, os.O_PATH)
-            _c("syscall", 445, rules, 1, struct.pack("=QI", rights, fd), 0)
-            os.close(fd)
-        _c("syscall", 446, rules, 0)
-        os.close(rules)
-        return True
-    return False
+    """Files: write only below `folder`, read only Python and system libraries. -> whether this kernel can do it."""
+    abi = LIBC.syscall(444, None, 0, 1)
+    every = (1 << min(12 + abi, 15)) - 1  # 13 rights at first, then one for moving files, and one for truncating
+    wanted = struct.pack("3Q", every, 3, 3)[: 8 if abi < 4 else 16 if abi < 6 else 24]  # 2nd TCP, 3rd signals, sockets
+    rules = LIBC.syscall(444, wanted, len(wanted), 0)
+    for path in filter(os.path.exists, [folder, f"{sys.base_prefix}/{sys.platlibdir}", *READABLE.split()]):
+        rights = every if path == folder else 12 if os.path.isdir(path) else 6 if path.startswith("/dev/") else 4
+        LIBC.syscall(445, rules, 1, struct.pack("=QI", rights, os.open(path, os.O_PATH)), 0)
+    return LIBC.syscall(446, rules, 0) == 0
 
 
 def _filter() -> None:
-    """The kernel answers EPERM to DENIED, and to calls that depend on an argument. On an unknown machine: no filter."""
-    machine = {"x86_64": 0, "aarch64": 1}.get(os.uname().machine)
-    if machine is None:
+    """The kernel answers EPERM to CALLS, and to some uses of clone and fcntl. On an unknown machine: no filter."""
+    column = {"x86_64": 1, "aarch64": 2}.get(os.uname().machine)
+    if column is None:
         return
-    load, equal, bit, least, end = 0x20, 0x15, 0x45, 0x35, 6  # classic BPF: (what, lines to skip if so, if not, value)
-    allow, deny = 0x7FFF0000, 0x50001
-    code = [(load, 0, 0, 4), (equal, 1, 0, (0xC000003E, 0xC00000B7)[machine]), (end, 0, 0, deny), (load, 0, 0, 0)]
-    code += [(least, 0, 1, 0x40000000), (end, 0, 0, deny)]  # these two lines: no 32-bit calls
-    for number in DENIED.split()[1 + machine :: 3]:
-        code += [(equal, 0, 1, int(number) & 0xFFFFFFFF), (end, 0, 0, deny)]
-    code += [(equal, 0, 1, 435), (end, 0, 0, 0x50026)]  # clone3 hides its flags: "no such call", so libc takes clone
-    code += [
-        (equal, 0, 3, (56, 220)[machine]),
-        (load, 0, 0, 16),
-        (bit, 1, 0, 0x10000),
-        (end, 0, 0, deny),
-    ]  # threads only
-    code += [
-        (load, 0, 0, 0),
-        (equal, 0, 3, (72, 25)[machine]),
-        (load, 0, 0, 24),
-        (bit, 0, 1, 8),
-        (end, 0, 0, deny),
-    ]  # fcntl
-    code = b"".join(struct.pack("HBBI", *line) for line in [*code, (end, 0, 0, allow)])
-    buffer = ctypes.create_string_buffer(code)
-    _c("prctl", 22, 2, struct.pack("HP", len(code) // 8, ctypes.addressof(buffer)))  # PR_SET_SECCOMP
+    machine, clone, fcntl, *others = map(int, CALLS.split()[column::3])
+    # Classic BPF in hex: 20 load, 15 equal?, 35 at least?, 45 any bit?, 6 end; lines to skip if so, if not; value.
+    code = f"20 0 0 4, 15 1 0 {machine:x}, 6 0 0 50001, 20 0 0 0"
+    code += ", 35 0 1 1c2, 6 0 0 50026, 15 0 1 1b3, 6 0 0 50026"  # no calls newer than 2021, nor clone3: its flags hide
+    code += "".join(f", 15 0 1 {number & 0xFFFFFFFF:x}, 6 0 0 50001" for number in others)
+    code += f", 15 0 3 {clone:x}, 20 0 0 10, 45 1 0 10000, 6 0 0 50001"  # clone for anything but a thread
+    code += f", 20 0 0 0, 15 0 3 {fcntl:x}, 20 0 0 18, 45 0 1 8, 6 0 0 50001"  # F_SETOWN, F_SETSIG: signals by detour
+    lines = [[int(word, 16) for word in line.split()] for line in f"{code}, 6 0 0 7fff0000".split(",")]
+    buffer = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in lines))
+    LIBC.prctl(22, 2, struct.pack("HP", len(lines), ctypes.addressof(buffer)))  # PR_SET_SECCOMP
+
+
+if __name__ == "__main__":
+    _serve(Limits(**json.loads(sys.argv[1])), sys.argv[2]) if len(sys.argv) > 1 else print(describe())

@@ -86,12 +86,12 @@ def lesson(r: random.Random) -> tuple[str, str]:
     else:
         blots = r.uniform(0, 0.3)
     reference = blotted(reference, [r.random() for _ in range(40)], blots)
-    example = Example(family, item.question, reference or "_", demo=item.worked)
+    own = teacher_message(WORDING, item.question, reference) if reference else item.question
     if r.random() < 0.2:
         other = draw(r, family, test=False, scramble=True)
         demo = Example(family, other.question, other.terse, demo=other.worked)
-        return context_message(WORDING, example, [demo], with_reference=bool(reference)), item.worked
-    return (teacher_message(WORDING, item.question, reference) if reference else item.question), item.worked
+        return context_message(WORDING, own, [demo]), item.worked
+    return own, item.worked
 
 
 def pretrain(model, tokenizer, steps: int, batch: int = 64, lr: float = 2.5e-3, seed: int = 0) -> list[float]:

@@ -20,15 +20,18 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import benchmarks
 import checkpoint
 import contexts
 import eval as evaluation
+import plan
 import world
-from config import SETTINGS, Config, parse
+from config import DEPARTURES, SETTINGS, Config, parse
 from data import Task
 from ema import EMA, half_life
 from losses import quantile_ceiling
@@ -47,14 +50,18 @@ class Run:
     task: Task
     optimizer: torch.optim.Optimizer
     average: EMA | None  # the EMA teacher
-    frozen: EMA | None  # the model as it was, an average that is never updated; reloaded, not saved
+    frozen: EMA | Loaded | None  # the model as it was: an average never updated, or the adapter switched off; not saved
     step: int = 0
     prompts: dict = field(default_factory=dict)  # example index -> its prompts' token ids, made once
+
+    prepared: dict = field(default_factory=dict)  # contexts.prepare: demonstrations, instructions, negatives
+    references_cut: int = 0  # how many references had to be shortened to fit --max-prompt-tokens
 
     def prompts_of(self, i: int) -> dict:
         """Every prompt of training example i that the recipe needs."""
         if i not in self.prompts:
-            self.prompts[i] = contexts.encode(self.lm.tokenizer, self.task, i, self.cfg)
+            self.prompts[i], cut = contexts.encode(self.lm.tokenizer, self.task, i, self.cfg, self.prepared)
+            self.references_cut += cut > 0
         return self.prompts[i]
 
     def teacher(self):
@@ -204,45 +211,75 @@ def summarise(run: Run, t: Targets, values: list[dict], loss: float, norm: float
 # --- plumbing: build a run, measure before and after, write it all down ---------------------------------------------
 
 
-def load_task(cfg: Config) -> Task:
-    return world.load(cfg.train_size, cfg.eval_size, cfg.wrong_references, cfg.seed)
+def load_task(cfg: Config) -> tuple[Task, dict]:
+    """The tiny world, a benchmark, or a file of the user's -> (Task, what was kept and dropped)."""
+    if cfg.data == "tiny":
+        return world.load(cfg.train_size, cfg.eval_size, cfg.wrong_references, cfg.seed), {}
+    if cfg.wrong_references:
+        raise ValueError("--wrong-references works in the tiny world only; set it to 0, or use --data tiny")
+    if cfg.data.endswith(".jsonl"):
+        return benchmarks.load_jsonl(cfg.data, seed=cfg.seed)
+    size = None if cfg.steps == cfg.epochs == 0 else cfg.train_size  # only evaluating: training data is not even read
+    need = bool(cfg.w_contrast) and size is not None
+    return benchmarks.load_task(cfg.data, train_size=size, test_size=cfg.eval_size, seed=cfg.seed, negatives=need)
 
 
-def start(cfg: Config) -> Run:
-    """Load everything, check that it can work, and restore a checkpoint if asked."""
+def start(cfg: Config, out: Path) -> Run:
+    """Load everything and check that it can work."""
     torch.manual_seed(cfg.seed)
     device, cfg.dtype, reason = choose_device(cfg.device, cfg.dtype)
     print(f"{reason} | torch {torch.__version__} | seed {cfg.seed}")
-    task = load_task(cfg)
+    if cfg.preset == "official":
+        print("official settings, except:\n  - " + "\n  - ".join(DEPARTURES))
+    task, manifest = load_task(cfg)
     lm = load(cfg.model, device)
     model = lm.model
+    room = lm.context - cfg.max_new_tokens
+    if room < 16:
+        raise ValueError(
+            f"--max-new-tokens {cfg.max_new_tokens} leaves no room in the model's context of {lm.context}: lower it"
+        )
+    cfg.max_prompt_tokens = min(cfg.max_prompt_tokens, room)
+    if cfg.steps == 0 and cfg.epochs:
+        cfg.steps = max(1, round(cfg.epochs * len(task.train) / cfg.batch))
     print(
         f"model {lm.name} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters) | "
-        f"data {task.name} ({len(task.train)} questions, {task.fingerprint()})"
+        f"data {task.name} ({len(task.train)} questions, {task.fingerprint()}) | {cfg.steps} steps of {cfg.batch}"
     )
-    if cfg.grad_checkpointing:
-        model.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda"
-    )
-    average = EMA(model, cfg.ema_decay) if cfg.teacher == "ema" and cfg.uses_teacher else None
     needs_base = (cfg.teacher == "frozen" and cfg.uses_teacher) or cfg.sampler == "base"
-    run = Run(cfg, lm, task, optimizer, average, EMA(model, 1.0) if needs_base else None)
+    frozen = None
+    if cfg.lora_rank:
+        lm.add_lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
+    if needs_base:
+        frozen = lm if lm.adapter else EMA(model, 1.0)  # with an adapter the base is still there: switch it off
+    if cfg.grad_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    checkpoint.room_for(out, sum(p.numel() for p in trained))
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
+    average = EMA(model, cfg.ema_decay) if cfg.teacher == "ema" and cfg.uses_teacher else None
     if average:
         print(f"EMA teacher: after {half_life(cfg.ema_decay, cfg.ema_every):.0f} steps half of it is new")
+    run = Run(cfg, lm, task, optimizer, average, frozen)
+    run.prepared = contexts.prepare(lm, task, cfg, out) if cfg.steps else {}
+    if manifest:
+        checkpoint.write_json(out / "manifest.json", manifest)
     return run
 
 
 def main(cfg: Config) -> dict:
     """One run from settings to summary. Returns what summary.json holds."""
     begun = time.perf_counter()
+    if cfg.dry_run:
+        print(plan.describe(cfg))
+        return {}
     cfg.out = cfg.out or f"runs/{cfg.recipe}-seed{cfg.seed}"
     out = checkpoint.claim(cfg)
     if cfg.resume and (out / "summary.json").exists():
         print(f"{out} is finished; its numbers are in {out / 'summary.json'}")
         return json.loads((out / "summary.json").read_text())
-    run = start(cfg)
-    checkpoint.room_for(out, sum(p.numel() for p in run.lm.model.parameters()))
+    run = start(cfg, out)
     before = before_training(run, out)
     checkpoint.write_json(out / SETTINGS, asdict(cfg))
     if cfg.resume:
@@ -250,6 +287,10 @@ def main(cfg: Config) -> dict:
         print(f"resumed at step {run.step} of {cfg.steps}")
     with (out / "log.jsonl").open("a") as log, Watch(run) as watch, checkpoint.disk("log.jsonl"):
         train(run, log, watch)
+    if run.references_cut:
+        print(
+            f"{run.references_cut} references were longer than --max-prompt-tokens {cfg.max_prompt_tokens} and were cut"
+        )
     if run.step < cfg.steps:
         checkpoint.save(run)
         print(f"stopped at step {run.step} of {cfg.steps}; go on with: python train.py --out {out} --resume")

@@ -49,6 +49,12 @@ class Mechanisms:
         ("forward", "reverse", "jsd"),
     )
     alpha: float = opt(0.5, "jsd only: weight of the teacher in the mixture, strictly between 0 and 1")
+    estimator: str = opt(
+        "full",
+        "full = whole vocabulary; top-k = the teacher's k tokens + one tail bucket; sampled = the sampled token only",
+        ("full", "top-k", "sampled"),
+    )
+    top_k: int = opt(100, "estimator top-k only: tokens kept")
     clip: float = opt(0.0, "static ceiling on each token's divergence, in nats, eq. 9 (0 = off)")
     clip_quantile: float = opt(
         0.0, "ceiling at this quantile of the step's own divergences; costs one more student pass (0 = off)"
@@ -181,8 +187,12 @@ def reliability(readings: Tensor, mask: Tensor, m: Mechanisms) -> Tensor:
     return agreement.sequence_weights(delta, m.gamma).unsqueeze(1).expand_as(mask)
 
 
-def divergence(student: Tensor, teacher: Tensor, m: Mechanisms) -> Tensor:
-    """The chosen D. (n, V), (n, V) -> (n,)."""
+def divergence(student: Tensor, teacher: Tensor, ids: Tensor, m: Mechanisms) -> Tensor:
+    """The chosen D, over the whole vocabulary or estimated. (n, V), (n, V), (n,) -> (n,)."""
+    if m.estimator == "sampled":
+        return losses.sampled_reverse_kl(losses.token_logps(student, ids), losses.token_logps(teacher, ids))
+    if m.estimator == "top-k":
+        student, teacher = losses.top_k_with_tail(student, teacher, m.top_k)
     if m.divergence == "jsd":
         return losses.jsd(student, teacher, m.alpha)
     return {"forward": losses.forward_kl, "reverse": losses.reverse_kl}[m.divergence](student, teacher)
@@ -208,7 +218,7 @@ def unisd_loss(
             with torch.no_grad():
                 teacher = speaker.logps(speaker.logits(t["teacher"][s]), m.distill_temperature)
         if m.w_div:
-            out["div"] = divergence(logps, teacher, m)
+            out["div"] = divergence(logps, teacher, t["ids"][s], m)
             total = total + m.w_div * (t["c"][s] * losses.clip_tokens(out["div"], ceiling)).sum()
         if m.w_contrast:
             positive = losses.token_logps(teacher, t["ids"][s])

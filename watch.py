@@ -134,11 +134,13 @@ def after_training(run, out: Path, before: dict, begun: float) -> dict:
     """Measure again, save the model, the curves and the summary, print the table. -> what summary.json holds."""
     cfg, lm, task = run.cfg, run.lm, run.task
     alone, ood, moved = before["alone"], before["ood"], evaluation.NO_DRIFT
+    if cfg.privileged:
+        alone = before["ceiling"]
     if cfg.steps:
         print("measuring again, and the drift from the base ...")
-        alone = evaluation.measure(lm, task, task.test, False, cfg.max_new_tokens)
+        alone = evaluation.measure(lm, task, task.test, cfg.privileged, cfg.max_new_tokens)
         ood = evaluation.measure(lm, task, task.ood, False, cfg.max_new_tokens) if task.ood else {}
-        moved = evaluation.drift(lm, load(cfg.model, lm.device), task, task.test)
+        moved = evaluation.drift(lm, load(cfg.model, lm.device), task, task.test, size=cfg.max_new_tokens)
     checkpoint.save_final(run)
     curves(out / "log.jsonl", out / "curves.png", f"{cfg.recipe}, {Path(lm.name).name}, seed {cfg.seed}")
     pick = lambda m: {k: m[k] for k in ("accuracy", "by_task", "interval", "length", "eos") if k in m}

@@ -33,6 +33,7 @@ WORDING = Wording(
     teacher="{question}\nhint: {reference}",
     demo="example: {question}\nanswer: {answer}",
     context="{demos}\nnow: {question}",
+    instruction="{instruction}\nnow: {question}",
 )
 BLOT = 0.25  # share of a reference's words that cannot be read
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import contexts
 import world
 from data import Example, Wording, chat_ids, context_message, fit_prompt, teacher_message
 from rollout import load
@@ -22,9 +21,9 @@ def test_the_student_never_sees_the_reference():
         w, e.question, e.negative
     )
     other = Example("t", "OTHER", "ITS REFERENCE", demo="WORKED")
-    shown = context_message(w, e, [other], with_reference=False)
+    shown = context_message(w, e.question, [other])
     assert "OTHER" in shown and "WORKED" in shown and "QUESTION" in shown and "\nREFERENCE" not in shown
-    assert "\nREFERENCE" in context_message(w, e, [other], with_reference=True)
+    assert "\nREFERENCE" in context_message(w, teacher_message(w, e.question, e.reference), [other])
 
 
 def test_an_empty_example_is_refused():
@@ -47,16 +46,3 @@ def test_chat_ids_are_the_templates_and_nothing_more(tokenizer):
     assert (
         tokenizer.decode(chat_ids(tokenizer, "47+38")) == "<|im_start|>user\n47+38<|im_end|>\n<|im_start|>assistant\n"
     )
-
-
-def test_demonstrations_are_of_the_task_never_of_the_question_and_repeat_for_a_seed():
-    pool = world.distinct(world.FAMILIES, 20, 0, test=False)
-    pool.append(Example(pool[0].task, pool[0].question, "a duplicate of question 0"))
-    for i in range(len(pool)):
-        shown = contexts.random_demos(pool, i, 3, 2, seed=5)
-        assert len(shown) == 3 and all(len(d) == 2 for d in shown)
-        assert all(d.task == pool[i].task and d.question != pool[i].question for ds in shown for d in ds)
-    assert contexts.random_demos(pool, 3, 3, 2, seed=5) == contexts.random_demos(pool, 3, 3, 2, seed=5)
-    assert contexts.random_demos(pool, 3, 3, 2, seed=5) != contexts.random_demos(pool, 3, 3, 2, seed=6)
-    with pytest.raises(ValueError, match="--demos"):
-        contexts.random_demos(pool[:3], 0, 3, 1, seed=0)

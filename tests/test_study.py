@@ -34,4 +34,4 @@ def test_a_failed_run_is_in_the_table(tmp_path, capsys):
         == 1
     )
     assert "failed" in (tmp_path / "table.md").read_text()
-    assert "exceed the model's context" in capsys.readouterr().out + (tmp_path / "table.md").read_text()
+    assert "leaves no room in the model's context" in capsys.readouterr().out + (tmp_path / "table.md").read_text()

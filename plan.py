@@ -1,0 +1,127 @@
+"""plan.py - what a run will do and cost, before anything is downloaded:  python train.py --model Qwen2.5-7B --dry-run
+
+What: steps, model passes per step by mechanism, EMA updates and half-life, and an estimate of memory and time. Of N
+trained and P present parameters, in fp32 and bytes:
+
+    memory   4 P weights + 4 N gradients + 8 N Adam + 4 N per average (EMA teacher, frozen copy) + activations
+    work     2 P per token read, 6 P per token trained (a third more with gradient checkpointing), 2 P per token sampled
+
+The time is that work divided by a speed that is measured on the spot with a matrix product, times how much of it
+language models usually reach. It is an estimate, within a factor of two or three: the first minute of the run itself
+knows better.
+
+Depends on config.py, ema.py, rollout.py.   Try it:  python -m pytest tests/test_plan.py -q
+"""
+
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from config import Config
+from ema import half_life
+from rollout import SHORT, choose_device
+
+# Parameters in millions, layers, hidden size: as published with the models. Other hub ids are only known once
+# downloaded.
+KNOWN = {
+    "Qwen/Qwen2.5-0.5B-Instruct": (494, 24, 896),
+    "Qwen/Qwen2.5-1.5B-Instruct": (1544, 28, 1536),
+    "Qwen/Qwen2.5-3B-Instruct": (3086, 36, 2048),
+    "Qwen/Qwen2.5-7B-Instruct": (7616, 28, 3584),
+    "meta-llama/Llama-3.1-8B-Instruct": (8030, 32, 4096),
+    "google/gemma-3-4b-it": (4300, 34, 2560),
+}
+REACHED = 0.35  # of a plain matrix product's speed, by training; sampling is bound by memory and reaches far less
+SAMPLING = 0.03
+
+
+def size_of(model: str) -> tuple[float, int, int] | None:
+    """(parameters, layers, hidden size) of a known name or a local folder; None if only a download could tell."""
+    where = SHORT.get(model, model)
+    if where in KNOWN:
+        millions, layers, hidden = KNOWN[where]
+        return millions * 1e6, layers, hidden
+    if not (Path(where) / "config.json").exists():
+        return None
+    config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    text = config.get_text_config()
+    return float(sum(p.numel() for p in empty.parameters())), text.num_hidden_layers, text.hidden_size
+
+
+def passes_of(cfg: Config) -> dict[str, int]:
+    """Model passes over a step's answers, by what asks for them. The student's own is with gradient."""
+    found = {"student, with gradient": 1}
+    if cfg.uses_teacher:
+        found["teacher"] = 1
+    if cfg.uses_agreement:
+        found["agreement contexts"] = cfg.contexts
+    if cfg.w_contrast:
+        found["contrast's negative"] = 1
+    if cfg.clip_quantile and cfg.w_div:
+        found["ceiling at a quantile"] = 1
+    return found
+
+
+def flops_per_second(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """What a square matrix product reaches here, floating-point operations per second."""
+    n = 4096 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    a @ a
+    done, begun = 0, time.perf_counter()
+    while time.perf_counter() - begun < seconds:
+        a @ a
+        done += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return done * 2 * n**3 / (time.perf_counter() - begun)
+
+
+def describe(cfg: Config) -> str:
+    """The whole plan as text."""
+    device, dtype, reason = choose_device(cfg.device, cfg.dtype)
+    steps = cfg.steps or f"as many as {cfg.epochs:g} epochs of {cfg.data} need"
+    found = passes_of(cfg)
+    lines = [
+        f"{cfg.recipe} on {SHORT.get(cfg.model, cfg.model)}, data {cfg.data}",
+        reason,
+        f"steps: {steps}, each of {cfg.batch} prompts in micro-batches of {cfg.micro_batch}",
+        f"passes per step: sampling up to {cfg.max_new_tokens} tokens; "
+        + ", ".join(f"{n} {k}" for k, n in found.items()),
+    ]
+    if cfg.teacher == "ema" and cfg.uses_teacher:
+        updates = f"{cfg.steps // cfg.ema_every} updates, " if cfg.steps else ""
+        lines.append(
+            f"EMA teacher: {updates}after {half_life(cfg.ema_decay, cfg.ema_every):.0f} steps half of it is new"
+        )
+    size = size_of(cfg.model)
+    if size is None:
+        return "\n".join(
+            [*lines, "memory and time: unknown until the model is downloaded (give a folder or a short name)"]
+        )
+    parameters, layers, hidden = size
+    lines.append(f"memory: about {memory(cfg, *size) / 2**30:.1f} GiB, of {parameters / 1e6:.0f} M parameters")
+    speed = flops_per_second(device, torch.bfloat16 if dtype == "bf16" else torch.float32)
+    tokens = cfg.batch * (min(cfg.max_prompt_tokens, 300) + cfg.max_new_tokens / 4)  # typical lengths, not the longest
+    read, trained = sum(found.values()) - 1, 4 if cfg.grad_checkpointing else 3
+    seconds = 2 * parameters * tokens * (read + trained) / (REACHED * speed)
+    seconds += 2 * parameters * cfg.batch * cfg.max_new_tokens / 4 / (SAMPLING * speed)
+    lines.append(
+        f"time: very roughly {seconds:.1f} s a step" + (f", {cfg.steps * seconds / 60:.0f} min" if cfg.steps else "")
+    )
+    return "\n".join(lines)
+
+
+def memory(cfg: Config, parameters: float, layers: int, hidden: int) -> float:
+    """Bytes on the device at the peak of the update, roughly: the formula at the top of the file."""
+    # LoRA on the seven projections of a layer: about rank * 2 * (4 H + 3 * 3 H) parameters.
+    trained = layers * cfg.lora_rank * 26 * hidden if cfg.lora_rank else parameters
+    averages = (cfg.teacher == "ema" and cfg.uses_teacher) + (
+        not cfg.lora_rank and ((cfg.teacher == "frozen" and cfg.uses_teacher) or cfg.sampler == "base")
+    )
+    tokens = cfg.micro_batch * (min(cfg.max_prompt_tokens, 512) + cfg.max_new_tokens)
+    kept = 2 if cfg.grad_checkpointing else 34  # numbers kept per token, layer and hidden unit for the backward
+    return 4 * parameters + 12 * trained + 4 * trained * averages + 2 * tokens * layers * hidden * kept

@@ -1,0 +1,347 @@
+"""scoring.py - was it answered? How a completion is judged, for every kind of answer but the tiny world's.
+
+What: `Example.answer` says what is compared, as plain data; its "kind" says how:
+
+    choice   {"letter": "B", "options": [...]}                the last answer stated, by its letter
+    number   {"value": "72", "mark": "####"}                  the number after the mark, as a decimal
+    text     {"value": "Paris", "mark": "Answer:"}            exact, but for case, spaces and punctuation
+    tools    {"calls": [{"action": ..., "arguments": {}}]}    all calls, in order, by parsed JSON values
+    code     {"entry": "f", "tests": [...], "prelude": ""}    the tests, run in sandbox.py
+    None     nothing to compare with: never correct, always abstained
+
+Every result has correct (a lenient reading: the answer counts, not its dress), abstained (no answer was found) and strict
+(correct, and written in the very format that the question asks for), then what its kind adds.
+
+Not like the official code: a letter inside prose is not an answer, and of several stated answers the last one counts, not the
+first; two tool arguments are equal as JSON values (True is not "True"), invented ones cost, and what cannot be parsed
+never scores; code runs in another process, and a function under another name is not renamed until it fits.
+
+Depends on data.py, sandbox.py.   Try it:  python -m pytest tests/test_benchmarks.py -q
+"""
+
+import ast
+import contextlib
+import json
+import re
+import unicodedata
+import warnings
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any
+
+from data import Example
+from sandbox import Limits, run_tests
+
+
+def score(example: Example, completion: str) -> dict:
+    """The result for one completion. Code starts a sandbox each time: for many, use `score_all`."""
+    return score_all([example], [completion])[0]
+
+
+def score_all(examples: Sequence[Example], completions: Sequence[str], limits: Limits | None = None) -> list[dict]:
+    """A result for each completion, in order (see the top of the file); all code runs in one sandbox call.
+
+    Raises ValueError if an answer is of no known kind, or if there are not as many completions as examples.
+    """
+    results, jobs = [], []
+    for e, text in zip(examples, completions, strict=True):
+        answer = {"kind": "none"} if e.answer is None else e.answer
+        if not isinstance(answer, dict) or answer.get("kind") not in JUDGES:
+            raise ValueError(f"task {e.task!r} has an answer of another kind than {', '.join(JUDGES)}: {answer!r}")
+        result = JUDGES[answer["kind"]](answer, text)
+        if "program" in result:
+            jobs.append((result, (result.pop("program"), answer["tests"])))
+        results.append(result)
+    verdicts = run_tests([job for _, job in jobs], limits or Limits()) if jobs else []
+    for (result, _), verdict in zip(jobs, verdicts, strict=True):
+        result.update(correct=verdict.passed, strict=result["strict"] and verdict.passed, reason=verdict.reason)
+    return results
+
+
+def last_line(text: str) -> str:
+    """The last line that is not empty."""
+    return text.strip().rsplit("\n", 1)[-1].strip()
+
+
+# --- multiple choice -------------------------------------------------------------------------------------------------
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+# All repeats are bounded: a model may write ten thousand spaces.
+_OPENING = r"[\s*_\"'`(\[<{$]{0,9}"
+_IS = r"[*_\"'`]{0,3}\s{0,3}(?:is\b|:|=|would\s+be\b|must\s+be\b)[\s:*_]{0,6}(?:(?:option|choice|letter)\b)?"
+_BEFORE = (  # what makes the letter after it an answer
+    rf"\banswer\b{_IS}",
+    rf"\b(?:correct|right|best)\s+(?:option|choice|letter)\b{_IS}",
+    r"\b(?:choose|pick|select)\s+(?:(?:option|choice|letter)\s)?",
+    r"\\boxed\s?\{(?:\\text\w{0,5}\s?\{)?",
+)
+_STATED = re.compile(rf"(?:{'|'.join(_BEFORE)}){_OPENING}(?P<x>[A-Z])(?!\w|['’-]\w)", re.IGNORECASE)
+_CALLED_RIGHT = re.compile(
+    r"(?:\b(?:option|choice|answer)\s\(?|\()(?P<x>[A-Z])\)?\s+is\s+(?:the\s+)?(?:correct|right|best)\b", re.IGNORECASE
+)
+_ALONE = re.compile(r"[\s*_\"'`(\[$]*(?P<x>[A-Z])[\s*_\"'`)\].:$]*", re.IGNORECASE)
+_WITH_TEXT = re.compile(r"[*_(]*(?P<x>[A-Z])[).:*_]+\s+(?P<text>.+)", re.IGNORECASE)
+_SECOND = re.compile(
+    r"[\s)\]*_.\"']{0,6}?(?P<by>,|/|&|\bor\b|\band\b|\s)(?:\s{0,3}(?:or|and)\b)?[\s(\[*_\"']{0,6}(?P<x>[A-Z])\b(?!['’-]\w)"
+    r"(?:\s{0,3}(?:,|/|&|and\b|or\b)[\s(]{0,3}[A-Z]\b\)?){0,9}"
+)
+_REASONS = "because since as due is for given".split()
+
+
+def said_letter(text: str, options: Sequence[str]) -> str | None:
+    """The letter stated last, or None if none is, or if the last statement names two."""
+    letters = LETTERS[: len(options)]
+    found: list[tuple[int, str | None]] = []
+    for pattern in (_STATED, _CALLED_RIGHT):
+        for m in pattern.finditer(text):
+            letter, rest = m["x"].upper(), text[m.end("x") :].split("\n", 1)[0]
+            if letter in letters and not _is_word(m["x"], rest, options[letters.index(letter)]):
+                found.append((m.start("x"), None if _names_two(rest, letters) else letter))
+    line = last_line(text)
+    m = _ALONE.fullmatch(line) or _WITH_TEXT.fullmatch(line)
+    if m and m["x"].upper() in letters:
+        option = options[letters.index(m["x"].upper())]
+        if "text" not in m.groupdict() or plain(m["text"]) == plain(option):
+            found.append((len(text), m["x"].upper()))
+    return max(found, key=lambda f: f[0])[1] if found else None
+
+
+def _is_word(letter: str, rest: str, option: str) -> bool:
+    """Is this "a" (or "I") the English word? "The answer is a mammal" states no letter, "Answer: A because" does."""
+    after = re.match(r"\s+(\w+)", rest)
+    if letter not in "aAiI" or not after or plain(rest).startswith(plain(option)):
+        return False
+    return after[1] not in _REASONS and not re.match(r"(?:or|and|[A-Z])$", after[1])
+
+
+def _names_two(rest: str, letters: str) -> bool:
+    """Does what follows a letter add another one ("A or B", "A, B")? Not so in "B, C is wrong" and "B. A is wrong"."""
+    m = _SECOND.match(rest)
+    if not m or m["x"] not in letters:
+        return False
+    return m["by"] == "or" or not re.match(r"\s+\w", rest[m.end() :])
+
+
+def _judge_choice(answer: dict, text: str) -> dict:
+    said = said_letter(text, answer["options"])
+    correct = said == answer["letter"]
+    strict = correct and last_line(text) == f"Answer: {answer['letter']}"
+    return {"correct": correct, "abstained": said is None, "strict": strict, "said": said}
+
+
+# --- numbers and short texts -----------------------------------------------------------------------------------------
+
+# Thousands' commas, decimals, a sign, a currency. Not a part of a word or of a fraction (3/4 is neither 3 nor 4).
+NUMBER = (
+    r"(?<![\w/])(?<!\d\.)(?<!/\s)(?:-?[$€£]\s?|[$€£]-|-)?"
+    r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?!\d|\.\d|\s?/\s?\d)"
+)
+_ANSWER_IS = re.compile(r"\banswer\b[*_\"'`]{0,3}\s{0,3}(?:is\b|:|=)[ \t:*_]{0,6}|\\boxed\s?\{", re.IGNORECASE)
+
+
+def as_number(text: str) -> Decimal | None:
+    """The value of a text that is one number and nothing else ("$1,200.50", "-3", "25%"), or None."""
+    text = text.strip().replace("−", "-")
+    return _decimal(text) if re.fullmatch(rf"{NUMBER}\s?%?", text) else None
+
+
+def _decimal(text: str) -> Decimal:
+    return Decimal(re.sub(r"[^\d.-]", "", text))
+
+
+def said_number(text: str) -> Decimal | None:
+    """The number after the last ####, else after the last "answer is", else the last number; None if there is none."""
+    text = text.replace("−", "-")
+    marked = [text.rsplit("####", 1)[1].strip().split("\n", 1)[0]] if "####" in text else []
+    stated = [text[m.end() :].split("\n", 1)[0] for m in _ANSWER_IS.finditer(text)]
+    for part in (*marked, *stated[-1:]):
+        if found := re.search(NUMBER, part):
+            return _decimal(found[0])
+    found = re.findall(NUMBER, text)
+    return _decimal(found[-1]) if found else None
+
+
+def _judge_number(answer: dict, text: str) -> dict:
+    said, value = said_number(text), as_number(answer["value"])
+    correct = said is not None and said == value
+    form = rf"{re.escape(answer['mark'])}\s?(?:{NUMBER})%?\.?"
+    strict = correct and re.fullmatch(form, last_line(text).replace("−", "-")) is not None
+    return {"correct": correct, "abstained": said is None, "strict": strict}
+
+
+def plain(text: str) -> str:
+    """A text without the differences that do not count: case, spaces, punctuation."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    kept = "".join(" " if unicodedata.category(c).startswith("P") else c for c in text)
+    return " ".join(kept.split()) or " ".join(text.split())  # an answer may be nothing but punctuation
+
+
+def said_text(text: str) -> str:
+    """What follows the last "answer is" or "Answer:", else the last line."""
+    stated = list(_ANSWER_IS.finditer(text))
+    return text[stated[-1].end() :].strip().split("\n", 1)[0].strip() if stated else last_line(text)
+
+
+def _judge_text(answer: dict, text: str) -> dict:
+    said = said_text(text)
+    correct = bool(said) and plain(said) == plain(answer["value"])
+    strict = correct and last_line(text).startswith(answer["mark"])
+    return {"correct": correct, "abstained": not said, "strict": strict, "said": said or None}
+
+
+# --- tool calls ------------------------------------------------------------------------------------------------------
+
+_CALL = re.compile(
+    r"\bAction[ \t]?\d{0,3}[ \t]?:[ \t*`]{0,9}(?P<action>[^\n]*?)[\s*`]{0,9}"
+    r"\bAction[ \t]?\d{0,3}[ \t]?Input[ \t]?\d{0,3}[ \t]?:[\s*`]*(?:json\b\s*)?"
+)
+
+
+def react_calls(text: str) -> list[dict]:
+    """Every (Action, Action Input) of a ReAct text: {"action", "arguments" (None: no JSON object), "start", "end"}.
+
+    start and end are where the arguments stand in the text.
+    """
+    calls = []
+    for m in _CALL.finditer(text):
+        value, end = None, m.end()
+        with contextlib.suppress(ValueError, RecursionError):  # no JSON, an integer of 5000 digits, absurd nesting
+            value, end = json.JSONDecoder().raw_decode(text, m.end())
+        arguments = value if isinstance(value, dict) else None
+        calls.append({"action": m["action"].strip("`\"' "), "arguments": arguments, "start": m.end(), "end": end})
+    return calls
+
+
+def structured_calls(text: str) -> list[dict]:
+    """The calls of {"tool_calls": [{"Action": ..., "Action_Input": {...}}]}, alone or in a code fence; [] if it is not that."""
+    body = text.strip().removeprefix("```").removeprefix("json").removesuffix("```")
+    try:
+        calls = json.loads(body)["tool_calls"]
+        return [_structured_call(call) for call in calls] if isinstance(calls, list) else []
+    except (ValueError, RecursionError, TypeError, KeyError):
+        return []
+
+
+def _structured_call(call: dict) -> dict:
+    arguments = call["Action_Input"] if "Action_Input" in call else call["arguments"]
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments)
+    return {
+        "action": str(call["Action"] if "Action" in call else call["name"]),
+        "arguments": arguments if isinstance(arguments, dict) else None,
+    }
+
+
+def same(a: Any, b: Any) -> bool:
+    """Are two JSON values equal? 1 is 1.0; True is neither 1 nor "True"."""
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a is b
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def given(arguments: dict) -> dict:
+    """The arguments that say something: the data sets write "" or null for an optional one that is left out."""
+    return {k: v for k, v in arguments.items() if v is not None and v != ""}
+
+
+def shares(gold: dict, said: dict | None, equal=same) -> tuple[float, float]:
+    """(share of gold's arguments that are matched, the same with invented arguments in the denominator)."""
+    if said is None:
+        return 0.0, 0.0
+    gold, said = given(gold), given(said)
+    if not gold:  # nothing to match: right only if nothing is said
+        return float(not said), float(not said)
+    matched = sum(k in said and equal(v, said[k]) for k, v in gold.items())
+    return matched / len(gold), matched / len(gold.keys() | said.keys())
+
+
+def _judge_tools(answer: dict, text: str) -> dict:
+    """action, arguments and arguments_penalised (see `shares`) are in [0, 1]: calls are paired in order, a missing or a
+    surplus one counts 0. both: action and arguments are 1 (invented arguments are free, as in the official score).
+    lenient: the same, arguments compared as text. correct: nothing missing, nothing invented.
+    """
+    gold = answer["calls"]
+    react = react_calls(text)
+    calls = react or structured_calls(text)
+    n = max(len(gold), len(calls), 1)
+    pairs = [(g["arguments"], c["arguments"]) for g, c in zip(gold, calls, strict=False)]
+    matched, penalised = (sum(each) / n for each in zip((0, 0), *(shares(*pair) for pair in pairs), strict=True))
+    as_text = sum(shares(*pair, equal=lambda a, b: str(a).strip() == str(b).strip())[0] for pair in pairs) / n
+    action = float([g["action"] for g in gold] == [c["action"] for c in calls])
+    correct = action == penalised == 1.0
+    return {
+        "correct": correct,
+        "abstained": not calls,
+        "strict": correct and bool(react),
+        "action": action,
+        "arguments": matched,
+        "arguments_penalised": penalised,
+        "both": action == matched == 1.0,
+        "lenient": action == as_text == 1.0,
+    }
+
+
+# --- code ------------------------------------------------------------------------------------------------------------
+
+FENCE = re.compile(r"^[ \t]*```[ \t]*(?P<language>[\w+-]*)[^\n]*\n(?P<code>.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+
+
+def parse_python(source: str) -> ast.Module | None:
+    """The syntax tree, or None if this is no Python."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "\d" in a string is only worth a SyntaxWarning
+        try:
+            return ast.parse(source)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last three: null bytes, absurd nesting
+            return None
+
+
+def defined(tree: ast.Module) -> dict[str, ast.stmt]:
+    """The names that a module defines at its top level: functions, classes, assignments. The last definition counts."""
+    names = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names[node.name] = node
+        elif isinstance(node, ast.Assign):
+            names.update({t.id: node for t in node.targets if isinstance(t, ast.Name)})
+    return names
+
+
+def find_code(text: str, entry: str) -> tuple[str | None, bool]:
+    """(the code of a completion, is it in one python fence?). None if nothing defines `entry`.
+
+    The last complete python fence that defines `entry`, else the last other fence that does, else the text itself; an
+    opening fence that is never closed is taken off. If `entry` is only there in broken code, that is returned: it was tried.
+    """
+    fences = [(m["language"].lower() in ("python", "py", "python3"), m["code"]) for m in FENCE.finditer(text)]
+    python, other = [c for p, c in fences if p], [c for p, c in fences if not p]
+    unclosed = re.sub(r"\A.*?^[ \t]*```[^\n]*\n", "", text, flags=re.DOTALL | re.MULTILINE)
+    candidates, strict = [*python[::-1], *other[::-1], unclosed, text], len(python) == 1 and not other
+    for code in candidates:
+        tree = parse_python(code)
+        if tree and entry in defined(tree):
+            return code, strict
+    tried = [c for c in candidates if re.search(rf"\b(?:def|class)\s+{re.escape(entry)}\b", c) and not parse_python(c)]
+    return (tried[0], strict) if tried else (None, False)
+
+
+def _judge_code(answer: dict, text: str) -> dict:
+    """What can be said before the tests have run; "program" is what they are run against."""
+    code, strict = find_code(text, answer["entry"])
+    if code is None:
+        return {"correct": False, "abstained": True, "strict": False, "reason": "no code"}
+    return {"correct": False, "abstained": False, "strict": strict, "program": f"{answer['prelude']}\n{code}"}
+
+
+JUDGES = {
+    "choice": _judge_choice,
+    "number": _judge_number,
+    "text": _judge_text,
+    "tools": _judge_tools,
+    "code": _judge_code,
+    "none": lambda answer, text: {"correct": False, "abstained": True, "strict": False},
+}

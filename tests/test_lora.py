@@ -1,0 +1,123 @@
+"""LoRA: the base is the adapter switched off, the EMA teacher really moves, and both kinds of checkpoint load
+elsewhere.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import train
+from config import make
+from ema import EMA
+from rollout import load
+
+peft = pytest.importorskip("peft")
+CPU = torch.device("cpu")
+FAST = dict(
+    batch=6, micro_batch=3, eval_size=1, train_size=60, teacher_every=0, save_every=2, lora_rank=4, lora_alpha=8
+)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[5, 6, 7, 8]])).logits
+
+
+def adapted():
+    lm = load("tiny", CPU)
+    lm.add_lora(4, 8, 0.0)
+    return lm
+
+
+def move(lm, by=0.05):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in lm.model.parameters():
+            if p.requires_grad:
+                p.add_(by * torch.randn_like(p))
+
+
+def test_only_the_factors_train_and_the_start_is_the_base():
+    lm = adapted()
+    assert all("lora_" in n for n, p in lm.model.named_parameters() if p.requires_grad)
+    assert_close(logits(lm.model), logits(load("tiny", CPU).model))
+
+
+def test_the_frozen_teacher_is_the_base_whatever_was_trained():
+    lm = adapted()
+    base = logits(load("tiny", CPU).model)
+    move(lm)
+    moved = logits(lm.model)
+    assert (moved - base).abs().max() > 0.1
+    with lm.applied_to(lm.model) as teacher:
+        assert_close(logits(teacher), base)
+    assert_close(logits(lm.model), moved, rtol=0, atol=0)
+
+
+def test_the_ema_teacher_moves_after_the_first_update_and_starts_at_the_current_weights():
+    """The official sync skips exactly lora_A and lora_B, so its teacher's output never changes; another known
+    implementation starts the averaged factors at zero, so that the teacher begins as a fraction of the student it
+    should equal."""
+    lm = adapted()
+    move(lm)
+    ema = EMA(lm.model, 0.9)
+    with ema.applied_to(lm.model) as teacher:
+        start = logits(teacher)
+    assert_close(start, logits(lm.model), rtol=0, atol=0)
+    move(lm, 0.2)
+    ema.update(lm.model)
+    with ema.applied_to(lm.model) as teacher:
+        after = logits(teacher)
+    assert (after - start).abs().max() > 1e-3
+    assert (after - logits(lm.model)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("recipe", ["sd", "unisd-star", "ssd"])
+def test_a_run_and_its_checkpoint_in_plain_peft(recipe, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    train.main(make(recipe, out=str(tmp_path), steps=4, lora_dropout=0.05, **FAST))
+    assert (tmp_path / "adapter_model.safetensors").exists() and not (tmp_path / "model.safetensors").exists()
+    base = json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"]
+    plain = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path).eval()
+    again = load(str(tmp_path), CPU)
+    assert_close(logits(plain), logits(again.model))
+    assert (logits(plain) - logits(load("tiny", CPU).model)).abs().max() > 1e-4
+
+
+def test_resume_is_exact_with_factors_and_dropout(tmp_path):
+    cfg = dict(steps=4, lora_dropout=0.1, ema_every=1)
+    train.main(make("unisd-star", out=str(tmp_path / "a"), **cfg, **FAST))
+    run_b = make("unisd-star", out=str(tmp_path / "b"), **cfg, **FAST)
+    stopped = {}
+
+    class StopAtTwo(train.Watch):
+        def after_step(self, run, row, batch):
+            super().after_step(run, row, batch)
+            self.stop = run.step == 2 and not stopped
+
+    original, train.Watch = train.Watch, StopAtTwo
+    try:
+        assert train.main(run_b) == {}
+    finally:
+        train.Watch = original
+    run_b.resume = True
+    train.main(run_b)
+    a, b = (load(str(tmp_path / x), CPU).model.state_dict() for x in "ab")
+    assert all((a[n] == b[n]).all() for n in a)
+    drop = lambda p: [
+        {k: v for k, v in json.loads(x).items() if k[:2] != "s_"} for x in Path(p).read_text().splitlines()
+    ]
+    assert drop(tmp_path / "a/log.jsonl") == drop(tmp_path / "b/log.jsonl")
+
+
+def test_the_micro_batch_still_does_not_matter_and_checkpointing_neither(tmp_path):
+    for name, more in (("a", {}), ("b", dict(micro_batch=2)), ("c", dict(grad_checkpointing=True))):
+        train.main(make("unisd-star", out=str(tmp_path / name), steps=2, **(FAST | more)))
+    a, b, c = (load(str(tmp_path / x), CPU).model.state_dict() for x in "abc")
+    for n in a:
+        assert_close(a[n], b[n], rtol=1e-3, atol=2e-4)
+        assert_close(a[n], c[n], rtol=1e-3, atol=2e-4)
