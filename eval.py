@@ -1,204 +1,202 @@
-"""eval.py - is it better, and did it forget?
+"""eval.py - one table for any checkpoint: accuracy with intervals, in and out of distribution, beside its base, and
+what it forgot.
 
-What: greedy accuracy on held-out questions per family, with 95 % Wilson intervals; the *ceiling*, which is the same
-model with the reference in its prompt and the first number to look at; and how far a model has drifted from the one it
-started as:
+    python eval.py --model runs/mine                                     accuracy alone and with the reference
+    python eval.py --model runs/mine --base tiny                         and drift, and paired differences
+    python eval.py --model DIR --base Qwen2.5-0.5B --task all --out R    every benchmark, in the shape of the paper's Table 1
 
-    jsd_to_base     mean JSD (alpha .5) of the two models over the tokens of the base's own greedy answers, in nats
-    retention_ppl   the base's perplexity on the tuned model's answers: does it still write what the base finds likely?
-    reverse_ppl     the tuned model's perplexity on the base's answers: does it still find likely what the base wrote?
+What: per task, accuracy of the model and of its base on the same questions, the paired difference with its 95 %
+interval, the out-of-distribution task that belongs to it, gold-solution perplexity, drift, length, entropy and the
+share that ended by itself. `--out` receives eval.json, eval.md, a figure and the generated answers, which are used
+again only for the very same weights, prompts and settings. A task that cannot be loaded is named and left out; the
+others go on.
 
-A perplexity is the mean over answers of exp(-mean log-prob per token). A model that learns *has* to move away from its
-base's wrong answers: drift is read beside the accuracy it bought.
-
-    python eval.py --model runs/unisd-star-seed0 --base tiny
-
-Depends on losses.py, unisd.py, data.py, rollout.py, tiny.py.   Try it:  python -m pytest tests/test_eval.py -q
+Depends on metrics.py, world.py, benchmarks.py, rollout.py.   Try it:  python -m pytest tests/test_eval.py -q
 """
 
 import argparse
 import json
-import math
 import sys
-from collections.abc import Sequence
+import tempfile
 from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import torch
-from torch import Tensor
 
-import losses
+import benchmarks
+import metrics
 import world
-from data import Example, Task, chat_ids, teacher_message
-from reading import chunks, head_of, passes, read, sampled_logps
-from rollout import Loaded, decode, generate, load
+from data import Task
+from rollout import Loaded, load
 
-NO_DRIFT = {"jsd_to_base": 0.0, "retention_ppl": 1.0, "reverse_ppl": 1.0}
-
-
-def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share, in per cent; unlike the normal one it stays inside 0-100 and is right at 0 and 100 %."""
-    if n == 0:
-        return 0.0, 100.0
-    p, zz = correct / n, z * z / n
-    middle, half = (p + zz / 2) / (1 + zz), z * math.sqrt(p * (1 - p) / n + zz / (4 * n)) / (1 + zz)
-    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+TABLE_1 = (
+    "scienceqa",
+    "cos_e",
+    "mbpp",
+    "toolalpaca",
+)  # the paper's, whose first and third bring GPQA and HumanEval with them
 
 
-def prompts_for(lm: Loaded, task: Task, examples: Sequence[Example], with_reference: bool) -> list[list[int]]:
-    """Evaluation prompts: the question alone, or with its right reference (the ceiling of self-distillation)."""
-    message = lambda e: teacher_message(task.wording, e.question, e.reference) if with_reference else e.question
-    return [chat_ids(lm.tokenizer, message(e)) for e in examples]
+def task_of(name: str, size: int) -> Task:
+    """The tiny world, a benchmark, or a .jsonl file, for evaluation only. Raises ValueError if it cannot be loaded."""
+    if name == "tiny":
+        return world.load(train_size=5, test_size=size or 100)
+    if name.endswith(".jsonl"):
+        return benchmarks.load_jsonl(name)[0]
+    return benchmarks.load_task(name, train_size=None, test_size=size)[0]
 
 
-def measure(lm: Loaded, task: Task, examples: Sequence[Example], with_reference: bool = False, limit: int = 0) -> dict:
-    """Greedy accuracy. -> {"accuracy": mean over families, "by_task", "interval", "abstained", "length", "eos", "n"},
-    shares in per cent.
-    """
-    ids, mask = generate(
-        lm, prompts_for(lm, task, examples, with_reference), limit or task.max_new_tokens, temperature=0.0
+def one_model(lm: Loaded, task: Task, limit: int, cache: Path) -> dict:
+    """All that is measured of one model on one task."""
+    limit = limit or task.max_new_tokens
+    found = {"alone": metrics.measure(lm, task, task.test, False, limit, cache)}
+    found["with_reference"] = metrics.measure(lm, task, task.test, True, limit, cache)
+    if task.ood:
+        found["ood"] = metrics.measure(lm, task, task.ood, False, limit, cache)
+    prompts = metrics.prompts_for(lm, task, task.test, False)
+    found["entropy"] = metrics.mean_entropy(lm, prompts, *metrics.answers(lm, prompts, limit, cache))
+    found["gold_ppl"] = metrics.gold_ppl(lm, task, task.test)
+    return found
+
+
+def evaluate(model: Loaded, base: Loaded | None, task: Task, limit: int, cache: Path) -> dict:
+    """One task: the model, its base, and what lies between them."""
+    report = {"task": task.name, "n": len(task.test), "model": one_model(model, task, limit, cache)}
+    if base:
+        report["base"] = one_model(base, task, limit, cache)
+        report["paired"] = metrics.paired(report["model"]["alone"]["correct"], report["base"]["alone"]["correct"])
+        report["drift"] = metrics.drift(model, base, task, task.test, limit, cache)
+    return report
+
+
+def one_task(report: dict) -> str:
+    """A family per row, for one task."""
+    m, text = report["model"], ""
+    columns = {"alone": m["alone"], "with reference": m["with_reference"]}
+    if "base" in report:
+        columns = {"base": report["base"]["alone"], **columns}
+    text = f"{report['task']}, {report['n']} questions\n\n{metrics.table(columns)}"
+    if "ood" in m:
+        both = {"base": report["base"]["ood"]} if "base" in report else {}
+        text += f"\n\nout of distribution\n\n{metrics.table({**both, 'alone': m['ood']})}"
+    text += (
+        f"\n\nlength {m['alone']['length']:.1f} tokens | ended by itself {m['alone']['eos']:.0f} % | abstained "
+        f"{m['alone']['abstained']:.0f} % | entropy {m['entropy']:.3f} nats | gold PPL {m['gold_ppl']:.3f}"
     )
-    results = task.score(examples, decode(lm, ids, mask))
-    families = list(dict.fromkeys(e.task for e in examples))
-    hits = {f: [r["correct"] for e, r in zip(examples, results, strict=True) if e.task == f] for f in families}
-    by_task = {f: 100 * sum(h) / len(h) for f, h in hits.items()}
-    return {
-        "accuracy": sum(by_task.values()) / len(by_task),
-        "by_task": by_task,
-        "interval": {f: list(wilson(sum(h), len(h))) for f, h in hits.items()},
-        "abstained": 100 * sum(r["abstained"] for r in results) / len(results),
-        "length": mask.sum(1).float().mean().item(),
-        "eos": 100 * ended(lm, ids, mask).float().mean().item(),
-        "n": len(examples),
-    }
-
-
-def ended(lm: Loaded, ids: Tensor, mask: Tensor) -> Tensor:
-    """Which answers stopped by themselves. (B, T), (B, T) -> (B,) bool."""
-    last = ids.gather(1, (mask.sum(1, keepdim=True) - 1).clamp(min=0)).squeeze(1)
-    return torch.isin(last, torch.tensor(lm.eos, device=ids.device))
-
-
-@torch.no_grad()
-def drift(
-    tuned: Loaded,
-    base: Loaded,
-    task: Task,
-    examples: Sequence[Example],
-    size: int = 0,
-    chunk: int = 256,
-    budget: int = 16384,
-) -> dict:
-    """How far `tuned` is from `base` (see the top of the file). Both must share one tokenizer: raises ValueError if
-    they do not.
-    """
-    if tuned.vocab != base.vocab:
-        raise ValueError(
-            f"--base {base.name} has another tokenizer ({base.vocab} tokens against {tuned.vocab}): "
-            "give the model it was trained from"
+    if "base" in report:
+        p, d = report["paired"], report["drift"]
+        text += (
+            f"\nagainst the base on the same questions: {p['difference']:+.1f} points "
+            f"[{p['interval'][0]:+.1f}, {p['interval'][1]:+.1f}], {p['wins']} gained, {p['losses']} lost | "
+            + " | ".join(f"{k} {v:.4f}" for k, v in d.items())
         )
-    prompts = prompts_for(tuned, task, examples, with_reference=False)
-    answers = {
-        name: generate(lm, prompts, size or task.max_new_tokens, 0.0) for name, lm in (("base", base), ("tuned", tuned))
-    }
-    out = {"jsd_to_base": token_jsd(tuned, base, prompts, *answers["base"], chunk, budget)}
-    out["retention_ppl"] = perplexity(base, prompts, *answers["tuned"], chunk, budget)
-    out["reverse_ppl"] = perplexity(tuned, prompts, *answers["base"], chunk, budget)
-    return out
+    return text
 
 
-def groups(prompts: list[list[int]], mask: Tensor, budget: int) -> list[list[int]]:
-    return passes([len(p) + n for p, n in zip(prompts, mask.sum(1).tolist(), strict=True)], budget)
+def rows_of(reports: list[dict]) -> dict[str, dict[str, tuple[float, list[float]]]]:
+    """{model or base: {column: (accuracy, interval)}}, a column per task, its out-of-distribution task right behind it."""
+    rows: dict = {}
+    for r in reports:
+        for who in ("base", "model"):
+            for part, name in (("alone", r["task"]), ("ood", f"{r['task']} (out of distribution)")):
+                if who in r and part in r[who]:
+                    found = r[who][part]
+                    hits = sum(found["correct"])
+                    rows.setdefault(who, {})[name] = (found["accuracy"], list(metrics.wilson(hits, found["n"])))
+    return rows
 
 
-def perplexity(lm: Loaded, prompts: list[list[int]], ids: Tensor, mask: Tensor, chunk: int, budget: int) -> float:
-    """Mean over answers of exp(- mean log-prob per token)."""
-    each = []
-    lm.model.eval()
-    for rows in groups(prompts, mask, budget):
-        m = mask[rows].bool()
-        flat = sampled_logps(
-            read(lm.model, [prompts[i] for i in rows], ids[rows], m),
-            ids[rows][m],
-            head_of(lm.model, lm.vocab),
-            1.0,
-            chunk,
+def table_1(reports: list[dict]) -> str:
+    """Rows are models, columns are tasks, the last is their mean."""
+    rows = rows_of(reports)
+    columns = list(next(iter(rows.values())))
+    lines = ["| | " + " | ".join(columns) + " | mean |", "|---" * (len(columns) + 2) + "|"]
+    for who, cells in rows.items():
+        shown = [f"{cells[c][0]:.1f} [{cells[c][1][0]:.0f}, {cells[c][1][1]:.0f}]" for c in columns]
+        lines.append(
+            f"| {who} | " + " | ".join(shown) + f" | **{sum(v for v, _ in cells.values()) / len(cells):.1f}** |"
         )
-        each += [math.exp(-part.mean().item()) for part in flat.split(m.sum(1).tolist())]
-    return sum(each) / len(each)
-
-
-def token_jsd(
-    a: Loaded, b: Loaded, prompts: list[list[int]], ids: Tensor, mask: Tensor, chunk: int, budget: int
-) -> float:
-    """Mean JSD per token of the given answers, chunk by chunk, in nats."""
-    total, count = 0.0, 0
-    a.model.eval(), b.model.eval()
-    for rows in groups(prompts, mask, budget):
-        states = [read(lm.model, [prompts[i] for i in rows], ids[rows], mask[rows]) for lm in (a, b)]
-        heads = [head_of(lm.model, lm.vocab).ready(x) for lm, x in zip((a, b), states, strict=True)]
-        for s in chunks(len(states[0]), chunk):
-            logps = [h.logps(h.logits(x[s]), 1.0) for h, x in zip(heads, states, strict=True)]
-            total += losses.jsd(*logps, alpha=0.5).sum().item()
-        count += len(states[0])
-    return total / count
-
-
-def table(columns: dict[str, dict]) -> str:
-    """Markdown: a row per family, a column per measurement, each with its 95 % interval."""
-    families = list(next(iter(columns.values()))["by_task"])
-    lines = ["| family | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for f in families:
-        cells = [
-            f"{c['by_task'][f]:5.1f} [{c['interval'][f][0]:.0f}, {c['interval'][f][1]:.0f}]" for c in columns.values()
-        ]
-        lines.append(f"| {f} | " + " | ".join(cells) + " |")
-    lines.append("| **mean** | " + " | ".join(f"**{c['accuracy']:.1f}**" for c in columns.values()) + " |")
     return "\n".join(lines)
+
+
+def figure(reports: list[dict], path: Path) -> None:
+    """Accuracy per task with 95 % intervals, base beside model."""
+    rows = rows_of(reports)
+    columns = list(next(iter(rows.values())))
+    fig, axis = plt.subplots(figsize=(1.8 + 1.5 * len(columns), 3.6), layout="constrained")
+    for k, (who, cells) in enumerate(rows.items()):
+        x = [i + 0.38 * (k - (len(rows) - 1) / 2) for i in range(len(columns))]
+        y = [cells[c][0] for c in columns]
+        low, high = ([cells[c][1][end] for c in columns] for end in (0, 1))
+        spread = [
+            [max(0.0, a - b) for a, b in zip(y, low, strict=True)],
+            [max(0.0, b - a) for a, b in zip(y, high, strict=True)],
+        ]
+        axis.bar(x, y, 0.36, yerr=spread, capsize=3, color=("#999999", "#0072B2")[k + 2 - len(rows)], label=who)
+    axis.set_xticks(range(len(columns)), [c.replace(" (", "\n(") for c in columns])
+    axis.set(ylabel="accuracy, per cent", ylim=(0, 105), title="held-out accuracy, greedy, 95 % intervals")
+    axis.legend()
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Held-out accuracy of any checkpoint, alone and with the reference; with --base also how far it has drifted from
     it.
     """
-    parser = argparse.ArgumentParser(
-        prog="eval.py", description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    how = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(prog="eval.py", description=main.__doc__, formatter_class=how, allow_abbrev=False)
     parser.add_argument("--model", required=True, help="short name, hub id, or folder (a run's --out)")
-    parser.add_argument("--base", default="", help="measure drift against this model ('' = do not)")
-    parser.add_argument("--size", type=int, default=100, help="held-out questions per family")
+    parser.add_argument("--base", default="", help="compare with this model and measure drift from it ('' = do not)")
+    parser.add_argument(
+        "--task", default="tiny", help=f"tiny, a benchmark, a .jsonl file, or all ({', '.join(TABLE_1)})"
+    )
+    parser.add_argument(
+        "--size", type=int, default=100, help="questions per family of the tiny world, else per task (0 = all)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=0, help="longest answer (0 = the task's own)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
-    parser.add_argument("--out", default="", help="folder for eval.json and eval.md ('' = only print)")
+    parser.add_argument(
+        "--out", default="", help="folder for eval.json, eval.md, eval.png and the answers ('' = only print)"
+    )
     args = parser.parse_args(argv)
-    try:
-        report = evaluate(args.model, args.base, args.size, torch.device(args.device))
-    except ValueError as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        return 2
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            reports = run(args, Path(args.out or scratch) / "answers")
+        except ValueError as error:
+            print(f"eval.py: {error}", file=sys.stderr)
+            return 2
+    text = "\n\n".join(map(one_task, reports))
+    if len(reports) > 1:
+        text = table_1(reports) + "\n\n" + text
     if args.out:
         out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "eval.json").write_text(json.dumps(report, indent=1) + "\n")
-        (out / "eval.md").write_text(report["table"] + "\n")
-    print(report["table"])
+        (out / "eval.json").write_text(json.dumps(reports, indent=1) + "\n")
+        (out / "eval.md").write_text(text + "\n")
+        figure(reports, out / "eval.png")
+    print(text)
     return 0
 
 
-def evaluate(model: str, base: str, size: int, device: torch.device) -> dict:
-    """Everything `python eval.py` prints, as one dict with a ready "table"."""
-    task, lm = world.load(test_size=size), load(model, device)
-    report = {
-        "model": lm.name,
-        "alone": measure(lm, task, task.test),
-        "with_reference": measure(lm, task, task.test, True),
-    }
-    report["ood"] = measure(lm, task, task.ood)
-    columns = {"alone": report["alone"], "with reference": report["with_reference"]}
-    text = table(columns) + "\n\nout of distribution\n" + table({"alone": report["ood"]})
-    if base:
-        other = load(base, device)
-        report["base"], report["drift"] = other.name, drift(lm, other, task, task.test)
-        text += "\n\n" + " | ".join(f"{k} {v:.4f}" for k, v in report["drift"].items())
-    return report | {"table": text}
+def run(args, cache: Path) -> list[dict]:
+    """A report per task that can be loaded. Raises ValueError if none can, or a model cannot."""
+    names, reports, problems = TABLE_1 if args.task == "all" else (args.task,), [], []
+    model = load(args.model, torch.device(args.device))
+    base = load(args.base, torch.device(args.device)) if args.base else None
+    for name in names:
+        try:
+            task = task_of(name, args.size)
+        except ValueError as error:
+            problems.append(str(error))
+            print(f"eval.py: left out: {error}", file=sys.stderr)
+            continue
+        reports.append(evaluate(model, base, task, args.max_new_tokens, cache))
+    if not reports:
+        raise ValueError(problems[0])
+    return reports
 
 
 if __name__ == "__main__":

@@ -253,14 +253,14 @@ def _decode(x, home: list | None = None, ask=None):
 # --- the program, and its cage: it gives up what it does not need, for good ------------------------------------------
 
 READABLE = "/lib /lib64 /usr/lib /usr/lib64 /usr/local/lib /nix/store /etc/ld.so.cache /dev/null /dev/urandom /dev/zero"
-# System calls that reach beyond the process and are no business of Landlock's: their numbers on x86_64 and aarch64.
 CALLS = """MACHINE 3221225534 3221225655 clone 56 220 fcntl 72 25 fork 57 -1 vfork 58 -1 execve 59 221 execveat 322 281
 kill 62 129 tkill 200 130 tgkill 234 131 rt_sigqueueinfo 129 138 rt_tgsigqueueinfo 297 240 pidfd_open 434 434
 ptrace 101 117 process_vm_readv 310 270 process_vm_writev 311 271 prlimit64 302 261 prctl 157 167 socket 41 198
 unshare 272 97 setns 308 268 setpriority 141 140 shmget 29 194 semget 64 190 msgget 68 186 mq_open 240 180
 memfd_create 319 279 io_uring_setup 425 425 bpf 321 280 keyctl 250 219 add_key 248 217 truncate 76 45 chmod 90 -1
 fchmod 91 52 fchmodat 268 53 chown 92 -1 lchown 94 -1 fchownat 260 54 utime 132 -1 utimes 235 -1 futimesat 261 -1
-utimensat 280 88 setxattr 188 5 lsetxattr 189 6 fsetxattr 190 7 removexattr 197 14 lremovexattr 198 15"""
+utimensat 280 88 setxattr 188 5 lsetxattr 189 6 fsetxattr 190 7 removexattr 197 14 lremovexattr 198 15
+sched_setaffinity 203 122 sched_setscheduler 144 119 sched_setattr 314 274 sched_setparam 142 118 ioprio_set 251 30"""
 
 
 def _program(hear, tell) -> None:
@@ -330,7 +330,7 @@ def _landlock(folder: str) -> bool:
 
 
 def _filter() -> None:
-    """The kernel answers EPERM to CALLS, and to some uses of clone and fcntl. On an unknown machine: no filter."""
+    """EPERM to CALLS, which reach beyond the process (numbers: x86_64, aarch64). On an unknown machine: no filter."""
     column = {"x86_64": 1, "aarch64": 2}.get(os.uname().machine)
     if column is None:
         return

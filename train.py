@@ -28,7 +28,7 @@ from torch import Tensor
 import benchmarks
 import checkpoint
 import contexts
-import eval as evaluation
+import metrics
 import plan
 import world
 from config import DEPARTURES, SETTINGS, Config, parse
@@ -202,7 +202,7 @@ def summarise(run: Run, t: Targets, values: list[dict], loss: float, norm: float
     row = {"step": run.step, "loss": loss, **mean, "grad_norm": norm, "lr": run.optimizer.param_groups[0]["lr"]}
     row["weight"] = t.weights[m].mean().item()
     row["length"] = lengths.float().mean().item()
-    row["eos"] = evaluation.ended(run.lm, t.batch.ids, t.batch.mask).float().mean().item()
+    row["eos"] = metrics.ended(run.lm, t.batch.ids, t.batch.mask).float().mean().item()
     if t.ceiling is not None:
         row["clipped"] = (torch.cat([v["div"] for v in values]) > t.ceiling).float().mean().item()
     return row

@@ -6,7 +6,7 @@ held-out set. That pair of curves tells what an EMA teacher does: a student trai
 use one, and its average forgets with it.
 
 Ctrl-C (or SIGTERM) lets the current step finish, saves, and says how to go on; a second one stops at once.
-Depends on eval.py, checkpoint.py, rollout.py; matplotlib for the curves.
+Depends on metrics.py, checkpoint.py, rollout.py; matplotlib for the curves.
 """
 
 import json
@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 from tqdm import tqdm
 
 import checkpoint
-import eval as evaluation
+import metrics
 from rollout import decode, load
 
 # Colours that stay apart for every kind of colour vision (Okabe and Ito's).
@@ -74,12 +74,12 @@ class Watch:
         )
         if run.cfg.teacher_every and (run.step % run.cfg.teacher_every == 0 or run.step == 1):
             with run.teacher():
-                row["teacher_accuracy"] = evaluation.measure(
+                row["teacher_accuracy"] = metrics.measure(
                     run.lm, run.task, self.held_out, True, run.cfg.max_new_tokens
                 )["accuracy"]
-            row["student_accuracy"] = evaluation.measure(
-                run.lm, run.task, self.held_out, False, run.cfg.max_new_tokens
-            )["accuracy"]
+            row["student_accuracy"] = metrics.measure(run.lm, run.task, self.held_out, False, run.cfg.max_new_tokens)[
+                "accuracy"
+            ]
         if run.cfg.sample_every and run.step % run.cfg.sample_every == 0:
             example = " ".join(run.lm.tokenizer.decode(batch.student[0], skip_special_tokens=True).split())
             answer = " ".join(decode(run.lm, batch.ids[:1], batch.mask[:1])[0].split())
@@ -122,9 +122,9 @@ def before_training(run, out: Path) -> dict:
     lm, task, size = run.lm, run.task, run.cfg.max_new_tokens
     print(f"measuring {len(task.test)} held-out questions, alone and with their reference ...")
     found = {
-        "alone": evaluation.measure(lm, task, task.test, False, size),
-        "ceiling": evaluation.measure(lm, task, task.test, True, size),
-        "ood": evaluation.measure(lm, task, task.ood, False, size) if task.ood else {},
+        "alone": metrics.measure(lm, task, task.test, False, size),
+        "ceiling": metrics.measure(lm, task, task.test, True, size),
+        "ood": metrics.measure(lm, task, task.ood, False, size) if task.ood else {},
     }
     checkpoint.write_json(known, found)
     return found
@@ -133,14 +133,14 @@ def before_training(run, out: Path) -> dict:
 def after_training(run, out: Path, before: dict, begun: float) -> dict:
     """Measure again, save the model, the curves and the summary, print the table. -> what summary.json holds."""
     cfg, lm, task = run.cfg, run.lm, run.task
-    alone, ood, moved = before["alone"], before["ood"], evaluation.NO_DRIFT
+    alone, ood, moved = before["alone"], before["ood"], metrics.NO_DRIFT
     if cfg.privileged:
         alone = before["ceiling"]
     if cfg.steps:
         print("measuring again, and the drift from the base ...")
-        alone = evaluation.measure(lm, task, task.test, cfg.privileged, cfg.max_new_tokens)
-        ood = evaluation.measure(lm, task, task.ood, False, cfg.max_new_tokens) if task.ood else {}
-        moved = evaluation.drift(lm, load(cfg.model, lm.device), task, task.test, size=cfg.max_new_tokens)
+        alone = metrics.measure(lm, task, task.test, cfg.privileged, cfg.max_new_tokens)
+        ood = metrics.measure(lm, task, task.ood, False, cfg.max_new_tokens) if task.ood else {}
+        moved = metrics.drift(lm, load(cfg.model, lm.device), task, task.test, limit=cfg.max_new_tokens)
     checkpoint.save_final(run)
     curves(out / "log.jsonl", out / "curves.png", f"{cfg.recipe}, {Path(lm.name).name}, seed {cfg.seed}")
     pick = lambda m: {k: m[k] for k in ("accuracy", "by_task", "interval", "length", "eos") if k in m}
@@ -159,9 +159,9 @@ def after_training(run, out: Path, before: dict, begun: float) -> dict:
     checkpoint.write_json(out / "summary.json", summary)
     checkpoint.clear(out)
     columns = {"before": before["alone"], "after": alone, "ceiling (base with reference)": before["ceiling"]}
-    print("\n" + evaluation.table(columns))
+    print("\n" + metrics.table(columns))
     if ood:
-        print("\nout of distribution\n" + evaluation.table({"before": before["ood"], "after": ood}))
+        print("\nout of distribution\n" + metrics.table({"before": before["ood"], "after": ood}))
     print(
         f"\nmean held-out accuracy {before['alone']['accuracy']:.1f} -> {alone['accuracy']:.1f} "
         f"(ceiling {before['ceiling']['accuracy']:.1f}) | JSD to base {moved['jsd_to_base']:.4f} nats | "

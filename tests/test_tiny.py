@@ -6,7 +6,7 @@ import torch
 import tiny
 import world
 from data import Example
-from eval import measure
+from metrics import measure
 from rollout import load
 
 

@@ -1,0 +1,226 @@
+"""metrics.py - is it better, and did it forget? The numbers behind eval.py and behind every run's before and after.
+
+What: greedy accuracy on held-out questions with 95 % Wilson intervals; the *ceiling*, which is the same model with the
+reference in its prompt and the first number to look at; paired differences of two models on the same questions; the
+perplexity of the gold solutions; and how far a model has drifted from the one it started as:
+
+    jsd_to_base     mean JSD (alpha .5) of the two models over the tokens of the base's own greedy answers, in nats
+    retention_ppl   the base's perplexity on the tuned model's answers: does it still write what the base finds likely?
+    reverse_ppl     the tuned model's perplexity on the base's answers: does it still find likely what the base wrote?
+
+A perplexity is exp(- mean log-prob per token), over all tokens of all answers. (The official code averages exp per
+answer, which one odd answer can dominate.) A model that learns *has* to move away from its base's wrong answers: drift
+is read beside the accuracy it bought. Generated answers can be kept in a cache, under a key that contains the weights
+and every setting of the sampling.
+
+Depends on losses.py, reading.py, data.py, rollout.py.   Try it:  python -m pytest tests/test_metrics.py -q
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import losses
+from data import Example, Task, chat_ids, teacher_message
+from reading import chunks, head_of, passes, read, sampled_logps
+from rollout import Loaded, decode, generate, turn_end
+
+NO_DRIFT = {"jsd_to_base": 0.0, "retention_ppl": 1.0, "reverse_ppl": 1.0}
+
+
+def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a share, in per cent; unlike the normal one it stays inside 0-100 and is right at 0 and 100 %."""
+    if n == 0:
+        return 0.0, 100.0
+    p, zz = correct / n, z * z / n
+    middle, half = (p + zz / 2) / (1 + zz), z * math.sqrt(p * (1 - p) / n + zz / (4 * n)) / (1 + zz)
+    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+
+
+def prompts_for(lm: Loaded, task: Task, examples: Sequence[Example], with_reference: bool) -> list[list[int]]:
+    """Evaluation prompts: the question alone, or with its right reference (the ceiling of self-distillation)."""
+    message = lambda e: teacher_message(task.wording, e.question, e.reference) if with_reference else e.question
+    return [chat_ids(lm.tokenizer, message(e)) for e in examples]
+
+
+def measure(
+    lm: Loaded,
+    task: Task,
+    examples: Sequence[Example],
+    with_reference: bool = False,
+    limit: int = 0,
+    cache: Path | None = None,
+) -> dict:
+    """Greedy accuracy and what the answers look like. Shares are in per cent.
+
+    -> {"accuracy": mean over families, "by_task", "interval", "abstained", "length" (tokens), "eos" (ended by itself),
+    "n", "correct": one bool per example, "extra": per family, the mean of every further number that the scorer gives}
+    """
+    prompts = prompts_for(lm, task, examples, with_reference)
+    ids, mask = answers(lm, prompts, limit or task.max_new_tokens, cache)
+    results = task.score(examples, decode(lm, ids, mask))
+    families = list(dict.fromkeys(e.task for e in examples))
+    of = {f: [r for e, r in zip(examples, results, strict=True) if e.task == f] for f in families}
+    by_task = {f: 100 * sum(r["correct"] for r in rs) / len(rs) for f, rs in of.items()}
+    return {
+        "accuracy": sum(by_task.values()) / len(by_task),
+        "by_task": by_task,
+        "interval": {f: list(wilson(sum(r["correct"] for r in rs), len(rs))) for f, rs in of.items()},
+        "abstained": 100 * sum(r["abstained"] for r in results) / len(results),
+        "length": mask.sum(1).float().mean().item(),
+        "eos": 100 * ended(lm, ids, mask).float().mean().item(),
+        "n": len(examples),
+        "correct": [bool(r["correct"]) for r in results],
+        "extra": {f: extra_means(rs) for f, rs in of.items()},
+    }
+
+
+def extra_means(results: Sequence[dict]) -> dict:
+    """Means of what a scorer says beyond right and wrong (strict, lenient, action, arguments, ...), in per cent."""
+    names = [
+        k for k, v in results[0].items() if isinstance(v, bool | int | float) and k not in ("correct", "abstained")
+    ]
+    return {k: 100 * sum(float(r[k]) for r in results) / len(results) for k in names}
+
+
+def answers(lm: Loaded, prompts: list[list[int]], limit: int, cache: Path | None = None) -> tuple[Tensor, Tensor]:
+    """Greedy answers, from the cache if the very same weights answered the very same prompts before. -> ids, mask (B,
+    T).
+    """
+    if cache is None:
+        return generate(lm, prompts, limit, temperature=0.0)
+    key = hashlib.sha256(repr((fingerprint(lm), prompts, limit, 0.0, lm.eos, lm.vocab)).encode()).hexdigest()[:24]
+    file = cache / f"{key}.pt"
+    if file.exists():
+        ids, mask = torch.load(file, map_location=lm.device, weights_only=True)
+        return ids, mask
+    ids, mask = generate(lm, prompts, limit, temperature=0.0)
+    cache.mkdir(parents=True, exist_ok=True)
+    torch.save((ids.cpu(), mask.cpu()), file)
+    return ids, mask
+
+
+def fingerprint(lm: Loaded) -> str:
+    """A hash of all weights: two checkpoints of one run, or one folder written twice, never share a cached answer."""
+    digest = hashlib.sha256(lm.name.encode())
+    for name, p in lm.model.state_dict().items():
+        digest.update(name.encode() + p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def paired(a: Sequence[bool], b: Sequence[bool]) -> dict:
+    """How much better `a` is than `b` on the same questions, in points, with a 95 % interval.
+
+    The interval is that of a mean of paired differences, -1, 0 or 1 each: narrower than two separate intervals, because
+    both models meet the same easy and hard questions. Also how many questions each wins alone. Raises ValueError if
+    lengths differ.
+    """
+    d = [int(x) - int(y) for x, y in zip(a, b, strict=True)]
+    n = len(d)
+    mean = sum(d) / n
+    half = 1.96 * math.sqrt(max(0.0, sum((x - mean) ** 2 for x in d) / max(1, n - 1)) / n)
+    interval = [100 * (mean - half), 100 * (mean + half)]
+    return {"difference": 100 * mean, "interval": interval, "wins": d.count(1), "losses": d.count(-1)}
+
+
+def ended(lm: Loaded, ids: Tensor, mask: Tensor) -> Tensor:
+    """Which answers stopped by themselves. (B, T), (B, T) -> (B,) bool."""
+    last = ids.gather(1, (mask.sum(1, keepdim=True) - 1).clamp(min=0)).squeeze(1)
+    return torch.isin(last, torch.tensor(lm.eos, device=ids.device))
+
+
+@torch.no_grad()
+def drift(
+    tuned: Loaded, base: Loaded, task: Task, examples: Sequence[Example], limit: int = 0, cache: Path | None = None
+) -> dict:
+    """How far `tuned` is from `base` (see the top of the file). Raises ValueError if they do not share one tokenizer."""
+    if tuned.vocab != base.vocab:
+        raise ValueError(
+            f"--base {base.name} has another tokenizer ({base.vocab} tokens against {tuned.vocab}): "
+            "give the model it was trained from"
+        )
+    prompts = prompts_for(tuned, task, examples, with_reference=False)
+    said = {lm is tuned: answers(lm, prompts, limit or task.max_new_tokens, cache) for lm in (base, tuned)}
+    return {
+        "jsd_to_base": token_jsd(tuned, base, prompts, *said[False]),
+        "retention_ppl": perplexity(base, prompts, *said[True]),
+        "reverse_ppl": perplexity(tuned, prompts, *said[False]),
+    }
+
+
+def gold_ppl(lm: Loaded, task: Task, examples: Sequence[Example]) -> float:
+    """Perplexity of the gold solutions (an example's target, or its reference), asked without them."""
+    prompts = prompts_for(lm, task, examples, with_reference=False)
+    rows = [
+        lm.tokenizer(e.target or e.reference, add_special_tokens=False)["input_ids"] + [turn_end(lm)] for e in examples
+    ]
+    rows = [r[: max(1, lm.context - len(p))] for r, p in zip(rows, prompts, strict=True)]
+    width = max(map(len, rows))
+    ids = torch.tensor([r + [0] * (width - len(r)) for r in rows], device=lm.device)
+    mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=lm.device)
+    return perplexity(lm, prompts, ids, mask)
+
+
+@torch.no_grad()
+def mean_entropy(lm: Loaded, prompts: list[list[int]], ids: Tensor, mask: Tensor) -> float:
+    """Mean entropy of the model over the tokens of given answers, in nats."""
+    total = 0.0
+    lm.model.eval()
+    for rows in groups(prompts, mask):
+        states = read(lm.model, [prompts[i] for i in rows], ids[rows], mask[rows])
+        head = head_of(lm.model, lm.vocab).ready(states)
+        total += sum(
+            losses.entropy(head.logps(head.logits(states[s]), 1.0)).sum().item() for s in chunks(len(states), CHUNK)
+        )
+    return total / mask.sum().item()
+
+
+CHUNK, BUDGET = 256, 16384  # tokens per application of the head, tokens per pass: bound memory, never change a result
+
+
+def groups(prompts: list[list[int]], mask: Tensor) -> list[list[int]]:
+    """Rows to read together, similar lengths together."""
+    return passes([len(p) + n for p, n in zip(prompts, mask.sum(1).tolist(), strict=True)], BUDGET)
+
+
+@torch.no_grad()
+def perplexity(lm: Loaded, prompts: list[list[int]], ids: Tensor, mask: Tensor) -> float:
+    """exp(- mean log-prob per token) of given answers."""
+    total = 0.0
+    lm.model.eval()
+    for rows in groups(prompts, mask):
+        m = mask[rows].bool()
+        states = read(lm.model, [prompts[i] for i in rows], ids[rows], m)
+        total += sampled_logps(states, ids[rows][m], head_of(lm.model, lm.vocab), 1.0, CHUNK).sum().item()
+    return math.exp(-total / mask.sum().item())
+
+
+@torch.no_grad()
+def token_jsd(a: Loaded, b: Loaded, prompts: list[list[int]], ids: Tensor, mask: Tensor) -> float:
+    """Mean JSD per token of given answers, in nats."""
+    total = 0.0
+    a.model.eval(), b.model.eval()
+    for rows in groups(prompts, mask):
+        states = [read(lm.model, [prompts[i] for i in rows], ids[rows], mask[rows]) for lm in (a, b)]
+        heads = [head_of(lm.model, lm.vocab).ready(x) for lm, x in zip((a, b), states, strict=True)]
+        for s in chunks(len(states[0]), CHUNK):
+            logps = [h.logps(h.logits(x[s]), 1.0) for h, x in zip(heads, states, strict=True)]
+            total += losses.jsd(*logps, alpha=0.5).sum().item()
+    return total / mask.sum().item()
+
+
+def table(columns: dict[str, dict]) -> str:
+    """Markdown: a row per family, a column per measurement, each with its 95 % interval."""
+    families = list(next(iter(columns.values()))["by_task"])
+    lines = ["| family | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for f in families:
+        cells = [
+            f"{c['by_task'][f]:5.1f} [{c['interval'][f][0]:.0f}, {c['interval'][f][1]:.0f}]" for c in columns.values()
+        ]
+        lines.append(f"| {f} | " + " | ".join(cells) + " |")
+    lines.append("| **mean** | " + " | ".join(f"**{c['accuracy']:.1f}**" for c in columns.values()) + " |")
+    return "\n".join(lines)
