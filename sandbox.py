@@ -4,7 +4,7 @@ A *judge* forks a *program* and then reads the tests. Only plain data (numbers, 
 between them: the judge asks "call f with 1" and hears "8"; all else stays in the program and goes by a number. So ==
 compares what the judge decoded, and the program never holds a test, an expected value or anything that means "passed":
 there is no verdict in it to forge. The official code calls exec() in the scoring process behind an alarm: sys.exit()
-ends the evaluation, `except Exception` swallows the alarm, an object whose __eq__ is always True passes, no limits.
+ends the evaluation, `except Exception` swallows the alarm, an object that equals everything passes, there are no limits.
 
 Protected on Linux, alike as root, as a user and in a container: files (Landlock: read Python and system libraries,
 write one private folder), network and other processes (a filter on system calls; a program cannot fork), environment,
@@ -146,7 +146,7 @@ def _judge(size: int, place: int, limits: Limits, home: str) -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  tests may print
     hear, tell = os.fdopen(hear), os.fdopen(tell, "w")
 
-    def ask(operation, *args, **named):
+    def ask(operation, /, *args, **named):
         """Have the program do something; return or raise what comes of it."""
         tell.write(json.dumps([operation, _encode(args), _encode(named)]) + "\n")
         tell.flush()
@@ -216,7 +216,9 @@ class _Remote:
 
 
 for _name in "call iter next len bool str repr hash int float getitem setitem delitem setattr".split():
-    setattr(_Remote, f"__{_name}__", lambda self, *args, _name=_name, **named: self._ask(_name, self, *args, **named))
+    setattr(
+        _Remote, f"__{_name}__", lambda self, /, *args, _name=_name, **named: self._ask(_name, self, *args, **named)
+    )
 
 
 def _encode(x, home: list | None = None):

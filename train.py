@@ -231,8 +231,8 @@ def start(cfg: Config, out: Path) -> Run:
     print(f"{reason} | torch {torch.__version__} | seed {cfg.seed}")
     if cfg.preset == "official":
         print("official settings, except:\n  - " + "\n  - ".join(DEPARTURES))
-    task, manifest = load_task(cfg)
     lm = load(cfg.model, device)
+    task, manifest = load_task(cfg)
     model = lm.model
     room = lm.context - cfg.max_new_tokens
     if room < 16:

@@ -28,7 +28,7 @@ from rollout import decode, load
 # Colours that stay apart for every kind of colour vision (Okabe and Ito's).
 INK = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 PANELS = {  # title, unit -> keys of log.jsonl
-    ("loss and its parts", "nats per token"): ("loss", "div", "nll", "contrast", "match"),
+    ("loss and its parts", "nats per token (match: squared)"): ("loss", "div", "nll", "contrast", "match"),
     ("held-out accuracy", "per cent"): ("teacher_accuracy", "student_accuracy"),
     ("entropy of the student", "nats per token"): ("entropy",),
     ("answer length", "tokens"): ("length",),
@@ -100,11 +100,15 @@ def curves(log: Path, picture: Path, title: str) -> None:
     for axis, ((name, unit), keys) in zip(axes.flat, shown.items(), strict=False):
         for colour, key in zip(INK, keys, strict=False):
             points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
-            if points:
-                marker = "o" if len(points) < 30 else None
-                axis.plot(
-                    *zip(*points, strict=True), color=colour, label=key.replace("_", " "), lw=1.4, marker=marker, ms=3
-                )
+            if not points:
+                continue
+            x, y = zip(*points, strict=True)
+            if len(points) < 60:
+                axis.plot(x, y, color=colour, label=key.replace("_", " "), lw=1.4, marker="o", ms=3)
+            else:  # a step is noisy: the mean of the last ten over the steps themselves
+                axis.plot(x, y, color=colour, lw=0.7, alpha=0.25)
+                means = [sum(y[max(0, i - 9) : i + 1]) / len(y[max(0, i - 9) : i + 1]) for i in range(len(y))]
+                axis.plot(x, means, color=colour, label=key.replace("_", " "), lw=1.6)
         axis.set(title=name, xlabel="optimizer step", ylabel=unit)
         axis.grid(alpha=0.25)
         if len(keys) > 1:

@@ -162,3 +162,53 @@ def test_inputs_are_never_changed():
     losses.contrastive(one, one, one, 0.5), losses.token_logps(s, torch.zeros(2, 3, dtype=torch.long))
     for x, y in zip((s, t, mask, one), before, strict=True):
         assert_close(x, y, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("divergence", [losses.forward_kl, losses.reverse_kl, losses.jsd])
+def test_top_k_with_tail_is_a_divergence_below_the_full_one_and_equal_at_k_v(divergence):
+    s, t = 2 * random_logps(40, 12), 2 * random_logps(40, 12, seed=1)
+    s, t = s.log_softmax(-1), t.log_softmax(-1)
+    full, before = divergence(s, t), torch.zeros(40, dtype=torch.float64)
+    for k in (1, 3, 6, 11):
+        bs, bt = losses.top_k_with_tail(s, t, k)
+        assert bs.shape == (40, k + 1)
+        assert_close(
+            bs.exp().sum(-1), torch.ones(40, dtype=torch.float64)
+        )  # a distribution: without the tail it would not be
+        value = divergence(bs, bt)
+        assert (value >= before - 1e-12).all() and (value <= full + 1e-12).all()
+        before = value
+    assert_close(divergence(*losses.top_k_with_tail(s, t, 12)), full)
+    assert_close(divergence(*losses.top_k_with_tail(s, t, 99)), full)
+
+
+def test_top_k_by_hand_and_its_gradient():
+    s, t = log_of(0.5, 0.3, 0.2), log_of(0.1, 0.8, 0.1)
+    # the teacher's first is token 1; buckets (.3, .7) and (.8, .2): .8 ln(.8/.3) + .2 ln(.2/.7) = .784663 - .250553 =
+    # .534111
+    assert losses.forward_kl(*losses.top_k_with_tail(s, t, 1)).item() == pytest.approx(0.534111, abs=1e-6)
+    logits = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    teacher = random_logps(3, 6, seed=2)
+    for k in (2, 6):
+        assert torch.autograd.gradcheck(
+            lambda x, k=k: losses.forward_kl(*losses.top_k_with_tail(x.log_softmax(-1), teacher, k)), logits
+        )
+
+
+def test_the_sampled_estimator_is_right_on_average_in_value_and_gradient():
+    """Weigh every token of the vocabulary by the student's probability: the expectation must be the full reverse KL,
+    exactly.
+    """
+    logits = torch.randn(1, 7, dtype=torch.float64, requires_grad=True)
+    teacher = random_logps(1, 7, seed=4)
+    (full,) = torch.autograd.grad(losses.reverse_kl(logits.log_softmax(-1), teacher).sum(), logits)
+    student = logits.log_softmax(-1)
+    p = student.detach().exp()
+    estimate = (p * losses.sampled_reverse_kl(student, teacher)).sum()
+    assert_close(estimate.detach(), losses.reverse_kl(student, teacher).sum().detach())
+    (average,) = torch.autograd.grad(estimate, logits)
+    assert_close(average, full)
+    naive = (
+        p * (logits.log_softmax(-1) - teacher)
+    ).sum()  # the gradient of the value itself has expectation 0: it teaches nothing
+    assert torch.autograd.grad(naive, logits)[0].abs().max() < 1e-12

@@ -148,6 +148,13 @@ REFUSED = {
     ("--divergence", "jsd", "--alpha", "1"): "--alpha 1.0 must lie strictly between 0 and 1",
     ("--recipe", "ema", "--ema-decay", "1"): "--ema-decay 1.0: 1 never moves",
     ("--clip", "1", "--clip-quantile", "0.9"): "two ceilings",
+    ("--estimator", "sampled"): "add --divergence reverse",
+    ("--data", "gpqa"): "for evaluation only",
+    ("--data", "no-such-set"): "no such data set",
+    ("--data", "missing.jsonl"): "missing.jsonl",
+    ("--data", "mbpp"): "not cached here",
+    ("--train-size", "0"): "--train-size and --eval-size must be at least 1",
+    ("--data", "mbpp", "--wrong-references", "0.2"): "tiny world only",
     ("--w-div", "0", "--w-contrast", "0", "--w-match", "0"): "nothing to minimise",
     ("--batch", "0"): "--batch must be at least 1",
     ("--temperature", "0"): "--temperature must be above 0",
@@ -197,9 +204,29 @@ def test_flags_win_over_recipes_and_recipes_over_presets():
     assert cfg.teacher == "ema" and cfg.clip == 2.0 and cfg.lr == config.PRESETS["tiny"]["lr"]
     assert parse(["--recipe", "ema", "--teacher", "frozen"]).teacher == "frozen"
     assert parse([]) == make() == make("unisd-star") and parse([]).recipe == "unisd-star"
-    assert parse(["--model", "Qwen2.5-0.5B", "--recipe", "sd"]).lr == Config.lr
+    assert parse(["--model", "Qwen2.5-0.5B", "--recipe", "sd"]).lr == config.PRESETS["real"]["lr"] != Config.lr
     with pytest.raises(ValueError, match="does not exist"):
         make("magic")
+
+
+def test_presets():
+    cfg = parse(["--model", "Qwen2.5-0.5B", "--preset", "official"])
+    assert (cfg.lora_rank, cfg.lora_alpha, cfg.lr, cfg.batch, cfg.gamma) == (64, 128, 2e-5, 32, 0.001)
+    assert (cfg.temperature, cfg.max_prompt_tokens, cfg.max_new_tokens, cfg.epochs) == (0.7, 3072, 1024, 1.0)
+    assert (cfg.ema_decay, cfg.ema_every, cfg.w_contrast, cfg.margin, cfg.w_match) == (0.98, 10, 0.01, 0.1, 0.01)
+    assert parse(["--model", "Qwen2.5-0.5B", "--recipe", "agree-seq", "--preset", "official"]).gamma == 0.01
+    assert parse(["--model", "Qwen2.5-0.5B"]).data == "scienceqa" and parse(["--model", "Qwen2.5-0.5B"]).lora_rank == 0
+
+
+def test_departures_from_the_official_settings_are_said(tmp_path, capsys):
+    fast = FAST | dict(steps=1, epochs=0.0, data="tiny", max_new_tokens=40, max_prompt_tokens=400, lora_rank=0)
+    train.main(make("raw", model="tiny", preset="official", out=str(tmp_path), **(fast | dict(steps=0))))
+    assert "official settings, except" in capsys.readouterr().out
+
+
+def test_epochs_become_steps(tmp_path):
+    summary = train.main(make("sft", out=str(tmp_path), **(FAST | dict(steps=0, epochs=0.5, train_size=40, batch=10))))
+    assert summary["steps"] == 2
 
 
 def test_help_shows_every_setting_with_its_default(capsys):

@@ -350,3 +350,23 @@ def test_nothing_given_is_changed(model):
     assert (batch.ids == ids).all() and (batch.mask == mask).all() and batch.teacher == lists
     for n, p in model.named_parameters():
         assert_close(p.detach(), weights[n], rtol=0, atol=0)
+
+
+def test_the_estimators_against_the_full_divergence(model):
+    batch = batch_of()
+    for d in ("forward", "reverse", "jsd"):
+        full, g_full = whole_step(model, batch, Mechanisms(divergence=d))
+        all_of_it, g_all = whole_step(model, batch, Mechanisms(divergence=d, estimator="top-k", top_k=VOCAB, chunk=3))
+        assert_close(all_of_it, full, **EXACT)
+        for n in g_full:
+            assert_close(g_all[n], g_full[n], **EXACT)
+        few, _ = whole_step(model, batch, Mechanisms(divergence=d, estimator="top-k", top_k=5))
+        assert 0 < few < full
+    t = score_teachers(model, nullcontext, batch, VOCAB, Mechanisms())
+    states = read(model, batch.student, batch.ids, batch.mask)
+    m = Mechanisms(divergence="reverse", estimator="sampled")
+    _, each = unisd_loss(states, head_of(model, VOCAB), t.rows(slice(None)), t.head, m)
+    ids, head = batch.ids[batch.mask.bool()], head_of(model, VOCAB)
+    student = sampled_logps(states, ids, head, 1.0, 8)
+    teacher = sampled_logps(t.rows(slice(None))["teacher"], ids, head, 1.0, 8)
+    assert_close(each["div"], student - teacher, **EXACT)
