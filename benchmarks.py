@@ -12,7 +12,8 @@ Your file has a JSON object on each line:
     question   what is asked                                  reference  a worked solution; only teachers see it
     answer     optional: a text or a number                   negative   optional: a wrong reference
     choices    optional: a list of texts; the answer is one of them, its letter, or its index from 0
-    tests      optional: a list of Python statements          context    optional: a text to read first
+    tests      optional: Python statements, a list; the       context    optional: a text to read first
+               reference is then code, or has it in a fence
     split      optional: "train" or "test"; without it a share of the questions is held back as test
 
 A line with choices is scored by the letter, with tests by running them, with an answer alone by comparing. With none of these
@@ -52,6 +53,8 @@ def load_task(
     """
     if name not in BENCHMARKS:
         raise ValueError(f"--data {name}: no such data set; there are {', '.join(BENCHMARKS)}, or give a .jsonl file")
+    if min(train_size or 0, test_size) < 0:
+        raise ValueError(f"a size of {min(train_size or 0, test_size)} is negative; 0 takes all there is")
     benchmark = BENCHMARKS[name]
     if benchmark.evaluation_only and train_size is not None:
         used_by = ", ".join(b.name for b in BENCHMARKS.values() if b.ood == name)
@@ -107,17 +110,15 @@ def _rows(benchmark: Benchmark, side: str) -> Sequence[dict]:
         import datasets  # here, so that nothing else needs it
     except ImportError:
         raise ValueError(f"--data {benchmark.name} needs the datasets package: pip install datasets") from None
-    config = (side == "test" and benchmark.test_config) or benchmark.config
+    split, config = benchmark.train, benchmark.config
+    if side == "test":
+        split, config = benchmark.test, benchmark.test_config or benchmark.config
     try:
-        rows = datasets.load_dataset(
-            benchmark.hub, config, split=benchmark.train if side == "train" else benchmark.test
-        )
+        rows = datasets.load_dataset(benchmark.hub, config, split=split)
     except (OSError, ValueError, RuntimeError) as error:  # unreachable or gated; no such config or split; a script
         raise ValueError(_explain(benchmark, str(error))) from error
     for column, feature in rows.features.items():
-        if isinstance(
-            feature, datasets.Image
-        ):  # only whether there is one matters: no need to decode it, or for pillow
+        if isinstance(feature, datasets.Image):  # whether there is one is all that matters: it need not be decoded
             rows = rows.cast_column(column, datasets.Image(decode=False))
     return rows
 
@@ -143,18 +144,17 @@ Answer: <{what}>"""
 
 def load_jsonl(path: str | Path, *, test_share: float = 0.2, seed: int = 0) -> tuple[Task, dict]:
     """A Task from your own file (see the top of this one). A bad line is reported by its number, and costs nothing but itself.
+    The seed only picks the negatives.
 
     Raises ValueError if the file cannot be read, if no line is good, or if the good ones leave nothing to train on or to test.
     """
     try:
-        lines = (
-            Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-        )  # a BOM. Not splitlines(): JSON may hold \u2028
+        content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
         raise ValueError(f"--data {path}: cannot be read ({error.strerror})") from error
     good: list[tuple[Example, str | None]] = []
     bad, unknown = [], {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         try:
@@ -172,7 +172,7 @@ def load_jsonl(path: str | Path, *, test_share: float = 0.2, seed: int = 0) -> t
         warnings.warn(
             f"{path}: unknown fields {', '.join(unknown)} are ignored; known are {', '.join(FIELDS)}", stacklevel=2
         )
-    train, test = _split(path, good, test_share, seed)
+    train, test = _split(path, good, test_share)
     train, counts = add_negatives(train, seed)
     task = Task(Path(path).stem, train, test, score_all)
     manifest = {"data": str(path), "seed": seed, "lines": len(bad) + len(good), "bad_lines": bad, "negatives": counts}
@@ -206,7 +206,7 @@ def _checked_text(value, what: str) -> str:
     if value is None:
         raise Skip(f"{what} is missing")
     if not isinstance(value, str):
-        raise Skip(f"{what} must be a text, not a {type(value).__name__}")
+        raise Skip(f"{what} must be a text, but is of type {type(value).__name__}")
     if not value.strip():
         raise Skip(f"{what} is empty")
     if any("\ud800" <= c <= "\udfff" for c in value):
@@ -235,9 +235,8 @@ def _line_example(record: dict) -> Example:
         e = _ending(choice_example("choice", question, choices, _chosen(choices, answer), ""), reference)
     elif tests:
         e = code_example("code", question, _unfenced(reference), tests)
-        e = (
-            replace(e, reference=reference) if reference != _unfenced(reference) else e
-        )  # what stands around the code stays
+        if reference != _unfenced(reference):
+            e = replace(e, reference=reference)  # what stands around the code stays
         negative = f"```python\n{negative}\n```" if negative and negative == _unfenced(negative) else negative
     elif answer is not None:
         e = _exact_example(question, reference, answer)
@@ -294,14 +293,14 @@ def _exact_example(question: str, reference: str, answer) -> Example:
         reference=f"Answer: {answer}",
         answer={"kind": kind, "value": answer, "mark": "Answer:"},
     )
+    if not score(e, e.reference)["correct"]:
+        raise Skip("field 'answer' must be one short line that can be read back")
     return _ending(e, reference)
 
 
-def _split(
-    path, good: list[tuple[Example, str | None]], share: float, seed: int
-) -> tuple[list[Example], list[Example]]:
-    """(train, test), each in the order of the file. Without a split field, by a hash of the question: the same for every run,
-    and two lines that ask the same never part.
+def _split(path, good: list[tuple[Example, str | None]], share: float) -> tuple[list[Example], list[Example]]:
+    """(train, test), each in the order of the file. Without a split field, by a hash of the question and never by the seed:
+    what one run was trained on, no other may be tested on. Two lines that ask the same never part.
     """
     if any(side for _, side in good):
         chosen = {id(e) for e, side in good if side == "test"}  # a line that does not say is for training
@@ -309,7 +308,7 @@ def _split(
     elif not 0 < share < 1:
         raise ValueError(f"test_share {share} must lie between 0 and 1: some questions are needed on both sides")
     else:
-        ranked = sorted({e.question for e, _ in good}, key=lambda q: hashlib.sha256(f"{seed}-{q}".encode()).digest())
+        ranked = sorted({e.question for e, _ in good}, key=lambda q: hashlib.sha256(q.encode()).digest())
         held_back = set(ranked[: max(1, round(share * len(ranked)))])
         chosen = {id(e) for e, _ in good if e.question in held_back}
         advice = "it needs two different questions at least"

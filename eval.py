@@ -18,6 +18,7 @@ import argparse
 import json
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import matplotlib
@@ -51,12 +52,11 @@ def task_of(name: str, size: int) -> Task:
 
 def one_model(lm: Loaded, task: Task, limit: int, cache: Path) -> dict:
     """All that is measured of one model on one task."""
-    limit = limit or task.max_new_tokens
     found = {"alone": metrics.measure(lm, task, task.test, False, limit, cache)}
     found["with_reference"] = metrics.measure(lm, task, task.test, True, limit, cache)
     if task.ood:
         found["ood"] = metrics.measure(lm, task, task.ood, False, limit, cache)
-    prompts = metrics.prompts_for(lm, task, task.test, False)
+    prompts = metrics.prompts_for(lm, task, task.test, False, limit)
     found["entropy"] = metrics.mean_entropy(lm, prompts, *metrics.answers(lm, prompts, limit, cache))
     found["gold_ppl"] = metrics.gold_ppl(lm, task, task.test)
     return found
@@ -64,6 +64,7 @@ def one_model(lm: Loaded, task: Task, limit: int, cache: Path) -> dict:
 
 def evaluate(model: Loaded, base: Loaded | None, task: Task, limit: int, cache: Path) -> dict:
     """One task: the model, its base, and what lies between them."""
+    limit = limit or min(task.max_new_tokens, model.context // 2)
     report = {"task": task.name, "n": len(task.test), "model": one_model(model, task, limit, cache)}
     if base:
         report["base"] = one_model(base, task, limit, cache)
@@ -163,6 +164,7 @@ def main(argv: list[str] | None = None) -> int:
         "--out", default="", help="folder for eval.json, eval.md, eval.png and the answers ('' = only print)"
     )
     args = parser.parse_args(argv)
+    warnings.formatwarning = lambda message, *_, **__: f"eval.py: {message}\n"
     with tempfile.TemporaryDirectory() as scratch:
         try:
             reports = run(args, Path(args.out or scratch) / "answers")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import losses
-from data import Example, Task, chat_ids, teacher_message
+from data import Example, Task, fit_prompt, teacher_message
 from reading import chunks, head_of, passes, read, sampled_logps
 from rollout import Loaded, decode, generate, turn_end
 
@@ -41,10 +41,18 @@ def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
 
 
-def prompts_for(lm: Loaded, task: Task, examples: Sequence[Example], with_reference: bool) -> list[list[int]]:
-    """Evaluation prompts: the question alone, or with its right reference (the ceiling of self-distillation)."""
-    message = lambda e: teacher_message(task.wording, e.question, e.reference) if with_reference else e.question
-    return [chat_ids(lm.tokenizer, message(e)) for e in examples]
+def prompts_for(
+    lm: Loaded, task: Task, examples: Sequence[Example], with_reference: bool, limit: int
+) -> list[list[int]]:
+    """Evaluation prompts: the question alone, or with its right reference (the ceiling of self-distillation).
+
+    A reference is shortened where prompt and answer (`limit` tokens) would not fit the model's context; a question never is.
+    """
+    build = lambda e: (
+        (lambda r: teacher_message(task.wording, e.question, r)) if with_reference else (lambda _: e.question)
+    )
+    room = lm.context - limit
+    return [fit_prompt(lm.tokenizer, build(e), e.reference if with_reference else "", room)[0] for e in examples]
 
 
 def measure(
@@ -60,8 +68,8 @@ def measure(
     -> {"accuracy": mean over families, "by_task", "interval", "abstained", "length" (tokens), "eos" (ended by itself),
     "n", "correct": one bool per example, "extra": per family, the mean of every further number that the scorer gives}
     """
-    prompts = prompts_for(lm, task, examples, with_reference)
-    ids, mask = answers(lm, prompts, limit or task.max_new_tokens, cache)
+    limit = limit or task.max_new_tokens
+    ids, mask = answers(lm, prompts_for(lm, task, examples, with_reference, limit), limit, cache)
     results = task.score(examples, decode(lm, ids, mask))
     families = list(dict.fromkeys(e.task for e in examples))
     of = {f: [r for e, r in zip(examples, results, strict=True) if e.task == f] for f in families}
@@ -143,8 +151,9 @@ def drift(
             f"--base {base.name} has another tokenizer ({base.vocab} tokens against {tuned.vocab}): "
             "give the model it was trained from"
         )
-    prompts = prompts_for(tuned, task, examples, with_reference=False)
-    said = {lm is tuned: answers(lm, prompts, limit or task.max_new_tokens, cache) for lm in (base, tuned)}
+    limit = limit or task.max_new_tokens
+    prompts = prompts_for(tuned, task, examples, False, limit)
+    said = {lm is tuned: answers(lm, prompts, limit, cache) for lm in (base, tuned)}
     return {
         "jsd_to_base": token_jsd(tuned, base, prompts, *said[False]),
         "retention_ppl": perplexity(base, prompts, *said[True]),
@@ -154,7 +163,7 @@ def drift(
 
 def gold_ppl(lm: Loaded, task: Task, examples: Sequence[Example]) -> float:
     """Perplexity of the gold solutions (an example's target, or its reference), asked without them."""
-    prompts = prompts_for(lm, task, examples, with_reference=False)
+    prompts = prompts_for(lm, task, examples, False, limit=1)
     rows = [
         lm.tokenizer(e.target or e.reference, add_special_tokens=False)["input_ids"] + [turn_end(lm)] for e in examples
     ]

@@ -129,6 +129,7 @@ def shuffled(options: Sequence[str], right: int, r: random.Random) -> tuple[list
 
 
 def scienceqa(name: str, row: dict, r: random.Random) -> Example:
+    """Lecture and hint are read first; the hint is often the very passage that is asked about. Raises Skip, as all below."""
     if row.get("image") is not None:
         raise Skip("has an image")
     choices, right = row.get("choices") or [], row.get("answer")
@@ -144,6 +145,7 @@ def scienceqa(name: str, row: dict, r: random.Random) -> Example:
 
 
 def gpqa(name: str, row: dict, r: random.Random) -> Example:
+    """The right answer has a column of its own, so the options must be shuffled."""
     names = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
     options, right = shuffled([field(row, n) for n in names], 0, r)
     question = f"Question: {field(row, 'Question')}"
@@ -151,6 +153,7 @@ def gpqa(name: str, row: dict, r: random.Random) -> Example:
 
 
 def cos_e(name: str, row: dict, r: random.Random) -> Example:
+    """The answer is the text of a choice."""
     choices = row.get("choices") or []
     if row.get("answer") not in choices:
         raise Skip("the answer is not among the choices")
@@ -159,6 +162,7 @@ def cos_e(name: str, row: dict, r: random.Random) -> Example:
 
 
 def medmcqa(name: str, row: dict, r: random.Random) -> Example:
+    """Not shuffled: the explanations name options by their letters."""
     if row.get("cop") not in (0, 1, 2, 3):  # -1 in the hidden test split
         raise Skip("no answer")
     options = [field(row, n) for n in ("opa", "opb", "opc", "opd")]
@@ -170,11 +174,12 @@ def medmcqa(name: str, row: dict, r: random.Random) -> Example:
 
 
 def gsm8k(name: str, row: dict, r: random.Random) -> Example:
+    """The working and the result, without the calculator's notes in between."""
     working, _, result = field(row, "answer").rpartition("####")
     number = as_number(result)
     if number is None:
         raise Skip("no number after ####")
-    working = re.sub(r"<<[^>]*>>", "", working).strip()  # a calculator's notes
+    working = re.sub(r"<<[^>]*>>", "", working).strip()
     return Example(
         task=name,
         question=NUMBER.format(question=field(row, "question")),

@@ -4,7 +4,7 @@ A *judge* forks a *program* and then reads the tests. Only plain data (numbers, 
 between them: the judge asks "call f with 1" and hears "8"; all else stays in the program and goes by a number. So ==
 compares what the judge decoded, and the program never holds a test, an expected value or anything that means "passed":
 there is no verdict in it to forge. The official code calls exec() in the scoring process behind an alarm: sys.exit()
-ends the evaluation, `except Exception` swallows the alarm, an object that equals everything passes, there are no limits.
+ends the evaluation, `except Exception` swallows the alarm, an object that equals everything passes, nothing is limited.
 
 Protected on Linux, alike as root, as a user and in a container: files (Landlock: read Python and system libraries,
 write one private folder), network and other processes (a filter on system calls; a program cannot fork), environment,
@@ -13,8 +13,7 @@ time, memory, file size, threads; root is given up. Namespaces would add little,
 the filter (neither x86_64 nor aarch64; macOS) a program can do what you can. Not protected: the kernel (no boundary for
 hostile code from the internet: use a VM); many small files can fill a disk; a program may know a benchmark by heart.
 A program answers for its own objects (`if f(x)`, `Node(1).left`); == with one raises unless it is plain data at heart.
-Tests cannot hand functions to a program, subclass or `except` its classes, compute with its objects, or use `is`.
-
+Tests cannot hand functions to a program, subclass, `except` or isinstance() its classes, add its objects, or use `is`.
 Standard library only.   Try it:  python sandbox.py   (tries the attacks)   python -m pytest tests/test_sandbox.py -q
 """
 
@@ -48,7 +47,7 @@ class Limits:
     cpu_seconds: int = 10  # of the program
     memory_mb: int = 1024  # address space, of the program and again of its judge
     file_mb: int = 1  # the largest file
-    processes: int = 8  # threads (if not root, besides as many as the machine has); starting processes is forbidden
+    processes: int = 8  # threads; RLIMIT_NPROC counts all of a user, so unless root: besides as many as run today
     output_bytes: int = 8_000_000  # the longest answer to one question of a test; what is printed goes nowhere
 
 
@@ -111,6 +110,8 @@ GATHERED |= {"complex": lambda parts: complex(*parts), "range": lambda parts: ra
 def _serve(limits: Limits, home: str) -> None:
     """Fork a judge for each job in stdin, as many at a time as there are cores."""
     os.environ.clear()
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the caller may ignore or block it, and we would inherit that
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     if LIBC:
         LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the caller
         LIBC.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: when a judge dies, its program becomes our child
@@ -216,9 +217,7 @@ class _Remote:
 
 
 for _name in "call iter next len bool str repr hash int float getitem setitem delitem setattr".split():
-    setattr(
-        _Remote, f"__{_name}__", lambda self, /, *args, _name=_name, **named: self._ask(_name, self, *args, **named)
-    )
+    setattr(_Remote, f"__{_name}__", lambda self, /, *args, _op=_name, **named: self._ask(_op, self, *args, **named))
 
 
 def _encode(x, home: list | None = None):
@@ -297,7 +296,6 @@ def _cage(limits: Limits, home: str, from_judge: int, to_judge: int) -> None:
     os.environ["TMPDIR"] = folder
     uid = 50000 + os.getpid() % 10000 if os.geteuid() == 0 else None  # nobody else's
     if LIBC:
-        # RLIMIT_NPROC counts all threads of a user; the machine's number is near enough to start from.
         threads += 0 if uid else int(os.read(os.open("/proc/loadavg", os.O_RDONLY), 99).split(b"/")[1].split()[0])
         LIBC.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
         LIBC.prctl(8, 1)  # PR_SET_KEEPCAPS

@@ -23,6 +23,7 @@ import ast
 import contextlib
 import json
 import re
+import textwrap
 import unicodedata
 import warnings
 from collections.abc import Sequence
@@ -82,7 +83,7 @@ _CALLED_RIGHT = re.compile(
 _ALONE = re.compile(r"[\s*_\"'`(\[$]*(?P<x>[A-Z])[\s*_\"'`)\].:$]*", re.IGNORECASE)
 _WITH_TEXT = re.compile(r"[*_(]*(?P<x>[A-Z])[).:*_]+\s+(?P<text>.+)", re.IGNORECASE)
 _SECOND = re.compile(
-    r"[\s)\]*_.\"']{0,6}?(?P<by>,|/|&|\bor\b|\band\b|\s)(?:\s{0,3}(?:or|and)\b)?[\s(\[*_\"']{0,6}(?P<x>[A-Z])\b(?!['’-]\w)"
+    r"[\s()\]*_.\"']{0,6}?(?P<by>,|/|&|\bor\b|\band\b|\s)(?:\s{0,3}(?:or|and)\b)?[\s(\[*_\"']{0,6}(?P<x>[A-Z])\b(?!['’-]\w)"
     r"(?:\s{0,3}(?:,|/|&|and\b|or\b)[\s(]{0,3}[A-Z]\b\)?){0,9}"
 )
 _REASONS = "because since as due is for given".split()
@@ -321,7 +322,7 @@ def find_code(text: str, entry: str) -> tuple[str | None, bool]:
     python, other = [c for p, c in fences if p], [c for p, c in fences if not p]
     unclosed = re.sub(r"\A.*?^[ \t]*```[^\n]*\n", "", text, flags=re.DOTALL | re.MULTILINE)
     candidates, strict = [*python[::-1], *other[::-1], unclosed, text], len(python) == 1 and not other
-    for code in candidates:
+    for code in (form for c in candidates for form in (c, textwrap.dedent(c))):  # a fence may stand in a list
         tree = parse_python(code)
         if tree and entry in defined(tree):
             return code, strict

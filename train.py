@@ -18,6 +18,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -306,6 +307,7 @@ OUT_OF_MEMORY = (
 
 def cli(argv: list[str] | None = None) -> int:
     """`python train.py ...`: one clear line instead of a traceback for everything a user can mend."""
+    warnings.formatwarning = lambda message, *_, **__: f"train.py: {message}\n"
     try:
         main(parse(argv))
     except torch.OutOfMemoryError:

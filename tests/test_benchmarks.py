@@ -284,6 +284,8 @@ def test_unknown_names_and_unusable_data_are_one_line(monkeypatch):
     monkeypatch.setattr(benchmarks, "_rows", lambda benchmark, side: [{"other": 1}, {"other": 2}])
     with pytest.raises(ValueError, match=r"--data medmcqa: no record of its train side can be used: {'no answer': 2}"):
         load_task("medmcqa", negatives=False)
+    with pytest.raises(ValueError, match="a size of -1 is negative"):
+        load_task("gsm8k", test_size=-1)
 
 
 def test_offline_is_one_line():
@@ -361,6 +363,9 @@ OPTIONS = ["Paris", "Lyon", "Nice", "Lille"]
         ("Answer: A or B", None),
         ("Answer: A, B", None),
         ("Answer: (A) or (B)", None),
+        ("Answer: A (or B)", None),
+        ("Answer: B (not A)", "B"),
+        ("Answer: B (A is wrong)", "B"),
         ("Answer: A\nAnswer: A and B", None),
         ("Answer: E", None),
         ("Answer: A\nAnswer: E", "A"),
@@ -532,6 +537,12 @@ def test_code():
         (fenced(GOOD, ""), True, False, False),
         (fenced(BAD, "") + fenced(GOOD), True, False, False),
         (fenced(BAD) + fenced(GOOD, "text"), False, False, False),
+        (
+            "1. So:\n" + fenced(GOOD).replace("```", "  ```").replace("\nd", "\n  d").replace("\n    r", "\n      r"),
+            True,
+            False,
+            True,
+        ),
         (GOOD, True, False, False),
         ("```python\n" + GOOD, True, False, False),
         (fenced(GOOD.replace("def f", "def g")), False, True, False),
@@ -595,7 +606,7 @@ def test_every_kind_of_line(tmp_path):
         line("unscored", context="Read this first."),
         dict(question="ended", reference="It is so.\nAnswer: Nice", answer="Nice"),
     )
-    task, manifest = load_jsonl(path, test_share=0.3, seed=1)
+    task, manifest = load_jsonl(path, test_share=0.3)
     e = by_question(task)
     assert e["letter"].answer == {"kind": "choice", "letter": "C", "options": OPTIONS}
     assert e["index"].answer["letter"] == "D" and e["option"].answer["letter"] == "B"
@@ -624,7 +635,7 @@ BAD_LINES = [
     ("[1, 2]", "not a JSON object but a list"),
     ('{"question": "q"}', "field 'reference' is missing"),
     (line(""), "field 'question' is empty"),
-    (line(["q"]), "field 'question' must be a text, not a list"),
+    (line(["q"]), "field 'question' must be a text, but is of type list"),
     (dict(question="q", reference="  "), "field 'reference' is empty"),
     (line("q", choices=OPTIONS, answer="Rome"), "the answer 'Rome' is not among the choices"),
     (line("q", choices=OPTIONS, answer="E"), "the answer 'E' is not among the choices"),
@@ -633,18 +644,19 @@ BAD_LINES = [
     (line("q", choices=OPTIONS), "field 'answer' is missing"),
     (line("q", choices=["Paris", "paris"], answer="A"), "two choices are the same"),
     (line("q", choices=["Paris"], answer="A"), "fewer than two"),
-    (line("q", choices=[1, 2], answer="A"), "an item of field 'choices' must be a text, not a int"),
+    (line("q", choices=[1, 2], answer="A"), "an item of field 'choices' must be a text, but is of type int"),
     (line("q", choices="AB", answer="A"), "field 'choices' must be a list"),
     (line("q", tests=[]), "field 'tests' must be a list"),
     (line("q", tests=["assert f(1) =="]), "not Python"),
     (line("q", tests=["assert f(1)"]), "not Python"),
     (dict(question="q", reference=GOOD, tests=["assert g(1)"]), "the tests use nothing"),
     (line("q", choices=OPTIONS, answer="A", tests=["assert 1"]), "exclude each other"),
-    (line("q", answer=[1]), "field 'answer' must be a text, not a list"),
-    (line("q", answer=False), "field 'answer' must be a text, not a bool"),
+    (line("q", answer=[1]), "field 'answer' must be a text, but is of type list"),
+    (line("q", answer=False), "field 'answer' must be a text, but is of type bool"),
     (line("q", answer=" "), "field 'answer' is empty"),
+    (line("q", answer="one\ntwo"), "one short line"),
     ('{"question": "q", "reference": "r", "answer": NaN}', "not a finite number"),
-    (line("q", negative=3), "field 'negative' must be a text, not a int"),
+    (line("q", negative=3), "field 'negative' must be a text, but is of type int"),
     (line("q", split="dev"), "field 'split' must be"),
     ('{"question": "q\\ud800", "reference": "r"}', "surrogate"),
     (
@@ -658,7 +670,7 @@ BAD_LINES = [
 def test_bad_lines_are_reported_by_number_and_cost_nothing_else(tmp_path):
     good = [line(f"question {i}", answer=i) for i in range(5)]
     path = write(tmp_path, "", *good[:2], *(bad for bad, _ in BAD_LINES), "   ", *good[2:])
-    with pytest.warns(UserWarning, match=r"29 of 34 lines are left out: line 4: not JSON"):
+    with pytest.warns(UserWarning, match=r"30 of 35 lines are left out: line 4: not JSON"):
         task, manifest = load_jsonl(path)
     assert len(task.train) == 4 and len(task.test) == 1
     assert [b["line"] for b in manifest["bad_lines"]] == list(range(4, 4 + len(BAD_LINES)))
@@ -689,7 +701,7 @@ def test_the_split(tmp_path):
     a, b = load_jsonl(path)[0], load_jsonl(path)[0]
     assert a.train == b.train and a.test == b.test and a.fingerprint() == b.fingerprint()
     assert not {e.question for e in a.train} & {e.question for e in a.test} and len(a.train + a.test) == 22
-    assert load_jsonl(path, seed=1)[0].test != a.test
+    assert load_jsonl(path, seed=1)[0].test == a.test  # or a run would be tested on what another was trained on
     asked = [int(e.question.split("\n")[0][1:]) for e in a.train]
     assert asked[: len(set(asked))] == sorted(set(asked))  # the order of the file
 

@@ -416,6 +416,16 @@ def test_caller_may_have_threads():
     assert out == [PASSED] * 12
 
 
+def test_caller_may_block_the_alarm():
+    """Signal masks and ignored signals are inherited; without an alarm, an endless test would hang the batch."""
+    old = signal.signal(signal.SIGALRM, signal.SIG_IGN), signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+    try:
+        assert run("def f(x): return range(10**13)", "sum(f(1))").reason == TIME
+    finally:
+        signal.signal(signal.SIGALRM, old[0])
+        signal.pthread_sigmask(signal.SIG_SETMASK, old[1])
+
+
 def test_verdicts_repeat():
     """The order of a set of texts depends on the hash seed, and programs depend on the order."""
     job = "def f(x): return list({'a', 'b', 'c', 'd', 'e'})", ["raise ValueError(str(f(1)))"]
