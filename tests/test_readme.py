@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import load_jsonl
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 FEWER = {  # script -> flags that make it quick
@@ -27,7 +29,7 @@ def test_the_readmes_commands_run_in_the_order_in_which_they_stand(tmp_path):
     assert len(commands()) >= 8
     for command in commands():
         script, *flags = command.split()[1:]
-        more = FEWER[script].split() if "--resume" not in flags and "--help" not in flags else []
+        more = FEWER[script].split() if not {"--resume", "--help", "--dry-run"} & set(flags) else []
         env = os.environ | {"HF_HUB_OFFLINE": "1"}
         done = subprocess.run(
             [sys.executable, str(ROOT / script), *flags, *more],
@@ -61,3 +63,12 @@ def test_every_file_is_in_the_reading_order_and_every_named_thing_exists():
         assert any(
             field in (ROOT / f).read_text() for f in ("config.py", "unisd.py", "eval.py", "study.py", "tiny.py")
         ), flag
+
+
+def test_the_lines_of_ones_own_data_are_good_ones(tmp_path):
+    (lines,) = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "my.jsonl").write_text(lines)
+    task, manifest = load_jsonl(tmp_path / "my.jsonl", test_share=0.34)
+    assert not manifest["bad_lines"] and len(task.train) + len(task.test) == 3
+    whole = [*task.train, *task.test]
+    assert all(r["correct"] for r in task.score(whole, [e.reference for e in whole]))
