@@ -179,14 +179,13 @@ def _judge(size: int, place: int, limits: Limits, home: str) -> None:
 def _run(ask, source: str, tests: str) -> str:
     """Run the tests. -> "passed", or why not, or "" if the program has ended."""
     try:
-        ask("run", source)
         tree = ast.parse(tests)
         names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-        given = {name: x for name, x in ask("names", sorted(names)).items() if name in names}
+        given = {name: x for name, x in ask("run", source, sorted(names)).items() if name in names}
         # A program may call its function `sum`. But if tests name another function, the `abs` around it is Python's.
         space = {name: x for name, x in given.items() if name not in vars(builtins)} or given
         exec(compile(tree, "<tests>", "exec", dont_inherit=True), space)
-        ask("names", [])  # is it still there? A test may have swallowed _Gone
+        ask("bool", 1)  # is it still there? A test may have swallowed _Gone
         return "passed" if tree.body else "no tests"
     except BaseException as error:
         text = f"error: {type(error).__name__}: {error.args[0] if len(error.args) == 1 else error}"
@@ -269,9 +268,13 @@ def _program(hear, tell) -> None:
     module, home = types.ModuleType("program"), []
     sys.modules["program"], space = module, vars(module)
     can = vars(builtins) | vars(operator) | {"plain": lambda x: _decode(_encode(x))}
-    can["run"] = lambda source: exec(compile(source, "<program>", "exec", dont_inherit=True), space)
-    can["names"] = lambda names: {name: space[name] for name in names if name in space}
     can["wait"] = lambda coroutine: __import__("asyncio").run(coroutine)
+
+    def run(source, names):
+        exec(compile(source, "<program>", "exec", dont_inherit=True), space)
+        return {name: space[name] for name in names if name in space}
+
+    can["run"] = run
     for line in hear:
         try:
             operation, args, named = json.loads(line)

@@ -76,8 +76,7 @@ def train(run: Run, log, watch: Watch) -> None:
     cfg, model = run.cfg, run.lm.model
     parameters = [p for p in model.parameters() if p.requires_grad]
     while run.step < cfg.steps and not watch.stop:
-        # --- 1. sample: the student answers, alone
-        # ---------------------------------------------------------------------------------
+        # --- 1. sample: the student answers, alone -------------------------------------------------------------------
         clock = Clock(run.lm.device)
         chosen = order(len(run.task.train), cfg.seed, run.step * cfg.batch, cfg.batch)
         p = [run.prompts_of(i) for i in chosen]
@@ -92,8 +91,7 @@ def train(run: Run, log, watch: Watch) -> None:
         )
         clock.lap("sampling")
 
-        # --- 2. score: the teachers re-read the same tokens (no gradient). Before the student's pass: they borrow its
-        # weights --------
+        # --- 2. score: the teachers re-read the same tokens, before the student does: they borrow its weights --------
         with autocast(run):
             t = score_teachers(model, run.teacher, batch, run.lm.vocab, cfg)
             if cfg.clip_quantile:
@@ -102,8 +100,7 @@ def train(run: Run, log, watch: Watch) -> None:
                 )
         clock.lap("scoring")
 
-        # --- 3. loss: divergence, weights, contrast, features; micro-batches of one sum (unisd.py)
-        # -----------------------------------
+        # --- 3. loss: divergence, weights, contrast, features; the micro-batches are parts of one sum ----------------
         model.train()
         values, loss = [], torch.zeros((), device=run.lm.device)
         for rows in chunks(cfg.batch, cfg.micro_batch):
@@ -115,8 +112,7 @@ def train(run: Run, log, watch: Watch) -> None:
             values.append(each)
         norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_norm)
 
-        # --- 4. update: AdamW, then, every few steps, the slow teacher
-        # ----------------------------------------------------------------
+        # --- 4. update: AdamW, then, every few steps, the slow teacher -----------------------------------------------
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(checkpoint.save_bad_batch(run, batch, loss.item(), norm.item()))
         for group in run.optimizer.param_groups:
@@ -129,8 +125,7 @@ def train(run: Run, log, watch: Watch) -> None:
             run.average.update(model)
         clock.lap("update")
 
-        # --- 5. log: one row, now and then a sample, a measurement, a checkpoint
-        # ------------------------------------------------------
+        # --- 5. log: one row, now and then a sample, a measurement, a checkpoint -------------------------------------
         row = summarise(run, t, values, loss.item(), norm.item()) | clock.seconds
         watch.after_step(run, row, batch)
         log.write(json.dumps(row) + "\n")

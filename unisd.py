@@ -132,7 +132,7 @@ class Targets:
     weights: Tensor  # (B, T) reliability w in (0, 1]
     c: Tensor  # (B, T) coefficient of the divergence
     a: Tensor  # (B, T) coefficient of everything else
-    ceiling: Tensor | None = None  # () or None: where the divergence is clipped
+    ceiling: float | Tensor | None = None  # where the divergence is clipped
 
     def rows(self, b: slice) -> dict[str, Tensor | None]:
         """The sequences `b`, as flat unmasked tokens: what unisd_loss takes."""
@@ -176,7 +176,7 @@ def score_teachers(
                 weights = reliability(torch.stack(readings), batch.mask, m)
     c = agreement.coefficients(batch.mask, weights, m.normalizer)
     a = agreement.coefficients(batch.mask, torch.ones_like(weights), m.normalizer)
-    return Targets(batch, hidden, head, negative, weights, c, a, torch.tensor(m.clip) if m.clip else None)
+    return Targets(batch, hidden, head, negative, weights, c, a, m.clip or None)
 
 
 def reliability(readings: Tensor, mask: Tensor, m: Mechanisms) -> Tensor:
@@ -199,7 +199,12 @@ def divergence(student: Tensor, teacher: Tensor, ids: Tensor, m: Mechanisms) -> 
 
 
 def unisd_loss(
-    student: Tensor, head: Head, t: dict, teacher_head: Head | None, m: Mechanisms, ceiling: Tensor | None = None
+    student: Tensor,
+    head: Head,
+    t: dict,
+    teacher_head: Head | None,
+    m: Mechanisms,
+    ceiling: float | Tensor | None = None,
 ) -> tuple[Tensor, dict]:
     """Eq. 1 over N tokens. -> (loss (), per-token values {name: (N,)} without gradient, for the log).
 
