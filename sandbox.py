@@ -141,7 +141,7 @@ def _judge(size: int, place: int, limits: Limits, home: str) -> None:
     program = os.fork()
     signal.setitimer(signal.ITIMER_REAL, limits.wall_seconds)  # SIGALRM kills: the judge, if not the program
     if program == 0:
-        _cage(limits, home, from_judge, to_judge)
+        _cage(limits, f"{home}/{place}", from_judge, to_judge)
         return _program(os.fdopen(62), os.fdopen(63, "w"))
     os.close(to_judge)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  tests may print
@@ -179,13 +179,14 @@ def _judge(size: int, place: int, limits: Limits, home: str) -> None:
 def _run(ask, source: str, tests: str) -> str:
     """Run the tests. -> "passed", or why not, or "" if the program has ended."""
     try:
+        ask("run", source)
         tree = ast.parse(tests)
         names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-        given = {name: x for name, x in ask("run", source, sorted(names)).items() if name in names}
+        given = {name: x for name, x in ask("names", sorted(names)).items() if name in names}
         # A program may call its function `sum`. But if tests name another function, the `abs` around it is Python's.
         space = {name: x for name, x in given.items() if name not in vars(builtins)} or given
         exec(compile(tree, "<tests>", "exec", dont_inherit=True), space)
-        ask("bool", 1)  # is it still there? A test may have swallowed _Gone
+        ask("names", [])  # is it still there? A test may have swallowed _Gone
         return "passed" if tree.body else "no tests"
     except BaseException as error:
         text = f"error: {type(error).__name__}: {error.args[0] if len(error.args) == 1 else error}"
@@ -268,13 +269,9 @@ def _program(hear, tell) -> None:
     module, home = types.ModuleType("program"), []
     sys.modules["program"], space = module, vars(module)
     can = vars(builtins) | vars(operator) | {"plain": lambda x: _decode(_encode(x))}
+    can["run"] = lambda source: exec(compile(source, "<program>", "exec", dont_inherit=True), space)
+    can["names"] = lambda names: {name: space[name] for name in names if name in space}
     can["wait"] = lambda coroutine: __import__("asyncio").run(coroutine)
-
-    def run(source, names):
-        exec(compile(source, "<program>", "exec", dont_inherit=True), space)
-        return {name: space[name] for name in names if name in space}
-
-    can["run"] = run
     for line in hear:
         try:
             operation, args, named = json.loads(line)
@@ -288,16 +285,16 @@ def _program(hear, tell) -> None:
         tell.flush()
 
 
-def _cage(limits: Limits, home: str, from_judge: int, to_judge: int) -> None:
+def _cage(limits: Limits, folder: str, from_judge: int, to_judge: int) -> None:
     """Give up open files, resources, other files, root, system calls: each step takes away what the last one needed."""
     for fd, source in enumerate([os.open(os.devnull, os.O_RDWR)] * 3 + [from_judge, to_judge]):
         os.dup2(source, fd if fd < 3 else fd + 59)
     os.closerange(3, 62)
-    folder, threads = tempfile.mkdtemp(dir=home), limits.processes
     os.setsid()
+    os.mkdir(folder, 0o700)
     os.chdir(folder)
     os.environ["TMPDIR"] = folder
-    uid = 50000 + os.getpid() % 10000 if os.geteuid() == 0 else None  # nobody else's
+    uid, threads = 0 if os.geteuid() else 50000 + os.getpid() % 10000, limits.processes  # a uid of its own, if root
     if LIBC:
         threads += 0 if uid else int(os.read(os.open("/proc/loadavg", os.O_RDONLY), 99).split(b"/")[1].split()[0])
         LIBC.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS

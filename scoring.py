@@ -83,7 +83,7 @@ _CALLED_RIGHT = re.compile(
 _ALONE = re.compile(r"[\s*_\"'`(\[$]*(?P<x>[A-Z])[\s*_\"'`)\].:$]*", re.IGNORECASE)
 _WITH_TEXT = re.compile(r"[*_(]*(?P<x>[A-Z])[).:*_]+\s+(?P<text>.+)", re.IGNORECASE)
 _SECOND = re.compile(
-    r"[\s()\]*_.\"']{0,6}?(?P<by>,|/|&|\bor\b|\band\b|\s)(?:\s{0,3}(?:or|and)\b)?[\s(\[*_\"']{0,6}(?P<x>[A-Z])\b(?!['’-]\w)"
+    r"[\s()\]*_.\"']{0,6}?(?:,|/|&|\bor\b|\band\b|\s)(?:\s{0,3}(?:or|and)\b)?[\s(\[*_\"']{0,6}(?P<x>[A-Z])\b(?!['’-]\w)"
     r"(?:\s{0,3}(?:,|/|&|and\b|or\b)[\s(]{0,3}[A-Z]\b\)?){0,9}"
 )
 _REASONS = "because since as due is for given".split()
@@ -120,7 +120,7 @@ def _names_two(rest: str, letters: str) -> bool:
     m = _SECOND.match(rest)
     if not m or m["x"] not in letters:
         return False
-    return m["by"] == "or" or not re.match(r"\s+\w", rest[m.end() :])
+    return bool(re.search(r"\bor\b", rest[: m.start("x")])) or not re.match(r"\s+\w", rest[m.end() :])
 
 
 def _judge_choice(answer: dict, text: str) -> dict:
@@ -154,8 +154,8 @@ def said_number(text: str) -> Decimal | None:
     """The number after the last ####, else after the last "answer is", else the last number; None if there is none."""
     text = text.replace("−", "-")
     marked = [text.rsplit("####", 1)[1].strip().split("\n", 1)[0]] if "####" in text else []
-    stated = [text[m.end() :].split("\n", 1)[0] for m in _ANSWER_IS.finditer(text)]
-    for part in (*marked, *stated[-1:]):
+    stated = [text[m.end() :].split("\n", 1)[0] for m in list(_ANSWER_IS.finditer(text))[-1:]]
+    for part in marked + stated:
         if found := re.search(NUMBER, part):
             return _decimal(found[0])
     found = re.findall(NUMBER, text)

@@ -216,8 +216,9 @@ def load_task(cfg: Config) -> tuple[Task, dict]:
     if cfg.data.endswith(".jsonl"):
         return benchmarks.load_jsonl(cfg.data, seed=cfg.seed)
     size = None if cfg.steps == cfg.epochs == 0 else cfg.train_size  # only evaluating: training data is not even read
-    need = bool(cfg.w_contrast) and size is not None
-    return benchmarks.load_task(cfg.data, train_size=size, test_size=cfg.eval_size, seed=cfg.seed, negatives=need)
+    # Negatives are made whether the recipe needs them or not: the data and its fingerprint are the same for every recipe.
+    negatives = size is not None
+    return benchmarks.load_task(cfg.data, train_size=size, test_size=cfg.eval_size, seed=cfg.seed, negatives=negatives)
 
 
 def start(cfg: Config, out: Path) -> Run:

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -363,6 +364,8 @@ OPTIONS = ["Paris", "Lyon", "Nice", "Lille"]
         ("Answer: A or B", None),
         ("Answer: A, B", None),
         ("Answer: (A) or (B)", None),
+        ("Answer: A or B is right", None),
+        ("Answer: B, C or D are wrong", "B"),
         ("Answer: A (or B)", None),
         ("Answer: B (not A)", "B"),
         ("Answer: B (A is wrong)", "B"),
@@ -560,6 +563,23 @@ def test_code():
     for (text, *wanted), r in zip(table, results, strict=True):
         assert [r["correct"], r["abstained"], r["strict"]] == wanted, text
         assert r["reason"] == "passed" or not r["correct"]
+
+
+def test_degenerate_completions_neither_crash_nor_hang():
+    """A broken model repeats itself for pages. Nested unbounded repeats in a pattern would take minutes for each of these."""
+    answers = [
+        {"kind": "choice", "letter": "A", "options": OPTIONS},
+        {"kind": "number", "value": "7", "mark": "####"},
+        {"kind": "text", "value": "?", "mark": "Answer:"},
+        {"kind": "tools", "calls": GOLD, "actions": []},
+        CODE | {"entry": "nowhere"},
+    ]
+    pieces = '|Answer: |Action: |\n|A or |\\boxed{|```\n|((|- |1,|[{"|\0\ud800|٣'.split("|")
+    begun = time.perf_counter()
+    for piece in pieces:
+        for start in ("", "Answer:", "Action: x\nAction Input:", "```python\n"):
+            assert not any(score(Example("t", "q", "r", a), start + piece * 5000)["correct"] for a in answers)
+    assert time.perf_counter() - begun < 10
 
 
 def test_kinds():
