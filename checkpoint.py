@@ -26,7 +26,7 @@ from config import SETTINGS, Config, saved_settings
 
 
 def claim(cfg: Config) -> Path:
-    """Make --out this run's folder. Raises ValueError if it holds another run, or if a checkpoint cannot fit."""
+    """Make --out this run's folder. Raises ValueError if it holds another run, or none that --resume could go on with."""
     out = Path(cfg.out)
     if (out / SETTINGS).exists() and not cfg.resume:
         raise ValueError(f"--out {out} holds another run: add --resume to go on with it, or choose another folder")
@@ -43,7 +43,7 @@ def claim(cfg: Config) -> Path:
 
 
 # Settings that may change at --resume: they alter what is watched or where it runs, not what is computed.
-FREE = {"resume", "out", "save_every", "sample_every"}
+FREE = set("resume out device save_every sample_every chunk micro_batch max_tokens_per_pass grad_checkpointing".split())
 
 
 def check_same(out: Path, cfg: Config) -> None:

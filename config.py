@@ -120,7 +120,7 @@ class Config(Mechanisms):
     lr: float = opt(2e-5, "peak learning rate, AdamW")
     warmup: float = opt(0.1, "share of the steps with a rising learning rate; then cosine to 0")
     weight_decay: float = opt(0.0, "AdamW weight decay")
-    grad_norm: float = opt(1.0, "the gradient is scaled down to this norm")
+    grad_norm: float = opt(1.0, "the gradient is scaled down to this norm (0 = never)")
     lora_rank: int = opt(0, "train LoRA factors of this rank instead of all weights; needs peft (0 = all weights)")
     lora_alpha: int = opt(128, "LoRA scale is alpha / rank")
     lora_dropout: float = opt(0.0, "dropout before the LoRA factors")
@@ -164,7 +164,7 @@ def parse(argv: list[str] | None = None) -> Config:
     first = parser.parse_args(argv)
     # A resumed run goes on under its own settings; what is given by hand on top is compared with them
     # (checkpoint.check_same).
-    saved = saved_settings(first.out) if first.resume else {}
+    saved = saved_settings(first.out or default_out(first.recipe, first.seed)) if first.resume else {}
     known = {f.name for f in fields(Config)}
     parser.set_defaults(
         **({k: v for k, v in saved.items() if k in known} or layers(first.model, first.preset, first.recipe))
@@ -286,10 +286,33 @@ def without_effect(cfg: Config) -> list[tuple[bool, str]]:
             "--clip has no effect: it caps the divergence, and --w-div is 0",
         ),
         (
+            cfg.teacher == "ema" and not cfg.uses_teacher,
+            "--teacher ema has no effect: nothing in this recipe asks a teacher",
+        ),
+        (
+            cfg.agreement != "none" and cfg.gamma == 0,
+            "--agreement has no effect: --gamma is 0, so every weight is 1 and no context is read",
+        ),
+        (
+            cfg.estimator == "sampled"
+            and (cfg.temperature != cfg.distill_temperature or cfg.on_policy < 1 or cfg.sampler == "base"),
+            "--estimator sampled is biased here: it needs the student's own samples at the temperature of the loss; set "
+            "--temperature and --distill-temperature equal, --on-policy 1 and --sampler student",
+        ),
+        (
+            cfg.lora_rank > 0 and cfg.lr < 1e-5,
+            f"--lr {cfg.lr} is a rate for training all weights; LoRA factors usually need 1e-5 to 2e-4",
+        ),
+        (
             cfg.teacher == "ema" and 0 < cfg.steps < cfg.ema_every,
             f"the EMA teacher never moves: {cfg.steps} steps are fewer than --ema-every {cfg.ema_every}",
         ),
     ]
+
+
+def default_out(recipe: str, seed: int) -> str:
+    """Where a run goes that was given no --out."""
+    return f"runs/{recipe}-seed{seed}"
 
 
 SETTINGS = "settings.json"  # in --out; config.json there is the model's

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from data import Example, Task, chat_ids, context_message, fit_prompt, instruction_message, teacher_message
 from rollout import Loaded, decode, generate
@@ -173,7 +174,9 @@ def prepare(lm: Loaded, task: Task, cfg, out: Path) -> dict:
     return made
 
 
-STAMPED = "seed contexts demos context_kind context_reference retriever negatives temperature max_new_tokens".split()
+STAMPED = (
+    "seed contexts demos context_kind context_reference retriever negatives temperature max_new_tokens sample_batch"
+).split()
 
 
 def encode(tokenizer, task: Task, i: int, cfg, prepared: dict) -> tuple[dict, int]:
@@ -183,31 +186,72 @@ def encode(tokenizer, task: Task, i: int, cfg, prepared: dict) -> tuple[dict, in
     Raises ValueError if a question alone is too long.
     """
     e, words, limit = task.train[i], task.wording, cfg.max_prompt_tokens
-    if prepared["negatives"]:
+    if prepared.get("negatives"):
         e = replace(e, negative=prepared["negatives"][i])
 
-    def fit(build, reference: str) -> tuple[list[int], int]:
-        return fit_prompt(tokenizer, build, reference, limit)
-
+    fit = lambda build, reference: fit_prompt(tokenizer, build, reference, limit)
     with_reference = lambda r: teacher_message(words, e.question, r)
     student, _ = fit(lambda _: e.question, "")
-    teacher, cut = fit(with_reference, e.reference) if cfg.uses_teacher else ([], 0)
+    teacher, cut = fit(with_reference, e.reference)  # built for every recipe: what is too long is so for all of them
     # Without a proven wrong reference the right one stands in: the student is then on the same side of both teachers,
     # and the contrast's gradient is exactly 0 for this question.
     negative, _ = fit(with_reference, e.negative or e.reference) if cfg.w_contrast else ([], 0)
-    contexts = []
-    for k in range(cfg.contexts if cfg.uses_agreement else 0):
-        if prepared["instructions"]:
-            head = lambda q, k=k: instruction_message(words, q, prepared["instructions"][i][k])
-        else:
-            numbers = (
-                prepared["demos"][i]
-                if prepared["demos"]
-                else random_demos(task.train, i, cfg.contexts, cfg.demos, cfg.seed)
-            )
-            head = lambda q, k=k, n=numbers: context_message(words, q, [task.train[d] for d in n[k]])
-        own = with_reference if cfg.context_reference else lambda _: e.question
-        contexts.append(
-            fit(lambda r, head=head, own=own: head(own(r)), e.reference if cfg.context_reference else "")[0]
-        )
+    contexts = [
+        context_ids(tokenizer, task, i, k, cfg, prepared) for k in range(cfg.contexts if cfg.uses_agreement else 0)
+    ]
     return {"student": student, "teacher": teacher, "negative": negative, "contexts": contexts}, cut
+
+
+def context_ids(tokenizer, task: Task, i: int, k: int, cfg, prepared: dict) -> list[int]:
+    """Context k of example i. Where it is too long, what is shown gives way first, then the reference, never the
+    question.
+    """
+    e, words, limit = task.train[i], task.wording, cfg.max_prompt_tokens
+    own = (lambda r: teacher_message(words, e.question, r)) if cfg.context_reference else (lambda _: e.question)
+    if prepared.get("demos"):
+        numbers = prepared["demos"][i][k]
+    elif not prepared.get("instructions"):
+        numbers = random_demos(task.train, i, cfg.contexts, cfg.demos, cfg.seed)[k]
+    for share in (1.0, 0.5, 0.25, 0.0):  # of what is shown, from its start
+
+        def build(r: str, share=share) -> str:
+            if prepared.get("instructions"):
+                text = prepared["instructions"][i][k]
+                return instruction_message(words, own(r), text[: round(share * len(text))])
+            shown = [task.train[d] for d in numbers]
+            cut = [
+                replace(d, demo=(d.demo or d.reference)[: max(1, round(share * len(d.demo or d.reference)))])
+                for d in shown
+            ]
+            return context_message(words, own(r), cut if share else [])
+
+        try:
+            return fit_prompt(tokenizer, build, e.reference if cfg.context_reference else "", limit)[0]
+        except ValueError:
+            if not share:
+                raise
+    raise AssertionError("unreachable")
+
+
+def encode_all(tokenizer, task: Task, cfg, prepared: dict) -> tuple[dict[int, dict], dict]:
+    """Every prompt of every training example, before the first step: what cannot fit is left out now, not met in
+    mid-run.
+
+    -> ({example number: its prompts}, {"too_long", "references_cut"} for the manifest). Raises ValueError if nothing
+    fits.
+    """
+    prompts, cuts, problem = {}, 0, ""
+    for i in tqdm(range(len(task.train)), desc="prompts", unit="question", disable=len(task.train) < 5000):
+        try:
+            prompts[i], cut = encode(tokenizer, task, i, cfg, prepared)
+            cuts += cut > 0
+        except ValueError as error:
+            problem = str(error)
+    if not prompts:
+        raise ValueError(problem)
+    notes = {"too_long": len(task.train) - len(prompts), "references_cut": cuts}
+    if any(notes.values()):
+        print(
+            f"to fit {cfg.max_prompt_tokens} tokens, {notes['too_long']} questions are left out and {cuts} references cut"
+        )
+    return prompts, notes

@@ -31,7 +31,7 @@ import benchmarks
 import metrics
 import world
 from data import Task
-from rollout import Loaded, load
+from rollout import Loaded, choose_device, load
 
 TABLE_1 = (
     "scienceqa",
@@ -46,7 +46,9 @@ def task_of(name: str, size: int) -> Task:
     if name == "tiny":
         return world.load(train_size=5, test_size=size or 100)
     if name.endswith(".jsonl"):
-        return benchmarks.load_jsonl(name)[0]
+        task = benchmarks.load_jsonl(name)[0]
+        task.test = task.test[: size or None]
+        return task
     return benchmarks.load_task(name, train_size=None, test_size=size)[0]
 
 
@@ -156,10 +158,15 @@ def main(argv: list[str] | None = None) -> int:
         "--task", default="tiny", help=f"tiny, a benchmark, a .jsonl file, or all ({', '.join(TABLE_1)})"
     )
     parser.add_argument(
-        "--size", type=int, default=100, help="questions per family of the tiny world, else per task (0 = all)"
+        "--size",
+        type=int,
+        default=100,
+        help="questions per family of the tiny world, else per task (0 = all; the tiny world has no end: 100)",
     )
     parser.add_argument("--max-new-tokens", type=int, default=0, help="longest answer (0 = the task's own)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
+    parser.add_argument("--sample-batch", type=int, default=256, help="prompts answered together; bounds memory")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="matmul precision")
     parser.add_argument(
         "--out", default="", help="folder for eval.json, eval.md, eval.png and the answers ('' = only print)"
     )
@@ -168,6 +175,9 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             reports = run(args, Path(args.out or scratch) / "answers")
+        except torch.OutOfMemoryError:
+            print("eval.py: the device is out of memory: lower --sample-batch or --max-new-tokens", file=sys.stderr)
+            return 2
         except ValueError as error:
             print(f"eval.py: {error}", file=sys.stderr)
             return 2
@@ -186,8 +196,12 @@ def main(argv: list[str] | None = None) -> int:
 def run(args, cache: Path) -> list[dict]:
     """A report per task that can be loaded. Raises ValueError if none can, or a model cannot."""
     names, reports, problems = TABLE_1 if args.task == "all" else (args.task,), [], []
-    model = load(args.model, torch.device(args.device))
-    base = load(args.base, torch.device(args.device)) if args.base else None
+    device, dtype, reason = choose_device(args.device, args.dtype)
+    print(reason, file=sys.stderr)
+    model = load(args.model, device)
+    base = load(args.base, device) if args.base else None
+    for lm in filter(None, (model, base)):
+        lm.dtype, lm.sample_batch = dtype, args.sample_batch
     for name in names:
         try:
             task = task_of(name, args.size)

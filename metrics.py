@@ -180,7 +180,8 @@ def mean_entropy(lm: Loaded, prompts: list[list[int]], ids: Tensor, mask: Tensor
     total = 0.0
     lm.model.eval()
     for rows in groups(prompts, mask):
-        states = read(lm.model, [prompts[i] for i in rows], ids[rows], mask[rows])
+        with lm.autocast():
+            states = read(lm.model, [prompts[i] for i in rows], ids[rows], mask[rows])
         head = head_of(lm.model, lm.vocab).ready(states)
         total += sum(
             losses.entropy(head.logps(head.logits(states[s]), 1.0)).sum().item() for s in chunks(len(states), CHUNK)
@@ -203,7 +204,8 @@ def perplexity(lm: Loaded, prompts: list[list[int]], ids: Tensor, mask: Tensor) 
     lm.model.eval()
     for rows in groups(prompts, mask):
         m = mask[rows].bool()
-        states = read(lm.model, [prompts[i] for i in rows], ids[rows], m)
+        with lm.autocast():
+            states = read(lm.model, [prompts[i] for i in rows], ids[rows], m)
         total += sampled_logps(states, ids[rows][m], head_of(lm.model, lm.vocab), 1.0, CHUNK).sum().item()
     return math.exp(-total / mask.sum().item())
 
@@ -214,7 +216,10 @@ def token_jsd(a: Loaded, b: Loaded, prompts: list[list[int]], ids: Tensor, mask:
     total = 0.0
     a.model.eval(), b.model.eval()
     for rows in groups(prompts, mask):
-        states = [read(lm.model, [prompts[i] for i in rows], ids[rows], mask[rows]) for lm in (a, b)]
+        states = []
+        for lm in (a, b):
+            with lm.autocast():
+                states.append(read(lm.model, [prompts[i] for i in rows], ids[rows], mask[rows]))
         heads = [head_of(lm.model, lm.vocab).ready(x) for lm, x in zip((a, b), states, strict=True)]
         for s in chunks(len(states[0]), CHUNK):
             logps = [h.logps(h.logits(x[s]), 1.0) for h, x in zip(heads, states, strict=True)]

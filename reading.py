@@ -13,7 +13,7 @@ Shapes: B sequences, T completion tokens, V vocabulary, H hidden size; N = unmas
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,10 @@ class Head:
     bias: Tensor | None = None  # (V or more,)
     softcap: float | None = None  # Gemma 2: logits = cap * tanh(logits / cap)
 
+    def detach(self) -> "Head":
+        """The same weights without gradient; it keeps pointing at them when a model's parameters are swapped back."""
+        return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+
     def ready(self, hidden: Tensor) -> "Head":
         """This head cut to the vocabulary and cast for these states' matmul (bf16 under autocast), once instead of per
         chunk.
@@ -47,8 +51,8 @@ class Head:
 
     def logps(self, logits: Tensor, temperature: float) -> Tensor:
         """(n, V) raw logits -> log-probabilities. The only place where the fp32 upcast and a temperature happen."""
-        # bf16 log-probabilities are off by up to 0.09 nats at V = 152k: go wide *before* the softmax. float64 stays
-        # float64.
+        # Wide before the softmax: a bf16 log-softmax is off by up to 0.09 nats at V = 152k. What stays under autocast is the
+        # rounding of the logits themselves, about 0.01 nats on average. float64 stays float64.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
@@ -60,6 +64,21 @@ def head_of(model: nn.Module, vocab: int) -> Head:
     linear = model.get_output_embeddings()
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return Head(linear.weight, vocab, getattr(linear, "bias", None), softcap)
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, vocab: int, prompt: list[int]) -> None:
+    """Do states and head together say what the model itself says? Raises ValueError if not (some models scale their logits)."""
+    ids = torch.tensor([prompt], device=model.get_input_embeddings().weight.device)
+    theirs = model(input_ids=ids, use_cache=False).logits[0, -1, :vocab].float().log_softmax(-1)
+    states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, -1:]
+    head = head_of(model, vocab).ready(states)
+    off = (head.logps(head.logits(states), 1.0)[0] - theirs).abs().max().item()
+    if not off < 0.1:
+        raise ValueError(
+            f"--model: its logits are not its head applied to its last states (log-probs differ by {off:.2f}): "
+            "it scales or changes them in a way that reading.Head does not know; add it there"
+        )
 
 
 def read(model: nn.Module, prompts: list[list[int]], ids: Tensor, mask: Tensor) -> Tensor:
@@ -118,6 +137,10 @@ def through_head(
     whatever N is.
     """
     values: dict = {}
+    if (
+        not torch.is_grad_enabled()
+    ):  # a custom function is asked for gradients by what its inputs want, whatever no_grad says
+        hidden, head = hidden.detach(), head.detach()
     return _ThroughHead.apply(hidden, head.weight, head.bias, head, terms, chunk, values), values
 
 

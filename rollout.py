@@ -50,14 +50,17 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, str, str]:
         found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         reason = {"cuda": "a CUDA device is there", "mps": "an Apple GPU is there", "cpu": "no GPU is there"}[found]
         device = found
-    place = torch.device(device)
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {device} does not exist; use auto, cpu, cuda, cuda:1 or mps") from error
     if place.type == "cuda" and (not torch.cuda.is_available() or (place.index or 0) >= torch.cuda.device_count()):
         raise ValueError(
             f"--device {device}: no such CUDA device; there are {torch.cuda.device_count()}; use cpu or auto"
         )
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
     if dtype == "auto":
-        bf16 = place.type == "cuda" and torch.cuda.is_bf16_supported()
+        bf16 = place.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype, why = ("bf16", "weights stay fp32") if bf16 else ("fp32", "bf16 would not be faster here")
     return place, dtype, f"device {place} ({name}: {reason}) | matmul {dtype} ({why})"
 
@@ -74,6 +77,12 @@ class Loaded:
     vocab: int
     name: str  # the resolved hub id or folder
     adapter: nn.Module | None = None  # peft's wrapper around `model` where LoRA factors are trained
+    dtype: str = "fp32"  # matmul precision, "fp32" or "bf16"; the weights themselves stay what they are
+    sample_batch: int = 256  # prompts answered together
+
+    def autocast(self):
+        """bf16 matmuls on fp32 weights, where chosen; nothing otherwise. Leave it before weights are swapped: it caches casts."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bf16")
 
     def add_lora(self, rank: int, alpha: int, dropout: float) -> None:
         """Freeze the weights and train LoRA factors beside the attention and MLP projections. Raises ValueError without
@@ -85,13 +94,30 @@ class Loaded:
             raise ValueError(
                 "--lora-rank needs peft: pip install peft, or --lora-rank 0 to train all weights"
             ) from error
-        where = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+        inside = {id(m) for m in self.model.get_decoder().modules()}  # not the vision tower of a multimodal model
+        kinds = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+        where = [n for n, m in self.model.named_modules() if n.split(".")[-1] in kinds and id(m) in inside]
+        if not where:
+            raise ValueError(
+                f"--lora-rank: {self.name} has none of the projections {', '.join(kinds)}; use --lora-rank 0"
+            )
         how = peft.LoraConfig(
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=where, task_type="CAUSAL_LM"
         )
         self.adapter = peft.get_peft_model(
             self.model, how
         )  # puts the factors into `model`, which stays what everyone reads
+
+    def merge(self) -> None:
+        """Make a loaded adapter part of the weights: what is trained next starts from there, and "the base" is that too."""
+        if self.adapter:
+            self.model, self.adapter = self.adapter.merge_and_unload(), None
+
+    def train_text_only(self) -> None:
+        """Freeze what never gets a gradient from text (a vision tower): it would only cost optimizer and averages their memory."""
+        used = {id(p) for m in (self.model.get_decoder(), self.model.get_output_embeddings()) for p in m.parameters()}
+        for p in self.model.parameters():
+            p.requires_grad_(p.requires_grad and id(p) in used)
 
     @contextmanager
     def applied_to(self, model: nn.Module):
@@ -133,7 +159,7 @@ def left_pad(prompts: list[list[int]], device) -> tuple[Tensor, Tensor]:
 
 
 def generate(
-    lm: Loaded, prompts: list[list[int]], max_new_tokens: int, temperature: float, batch_size: int = 256
+    lm: Loaded, prompts: list[list[int]], max_new_tokens: int, temperature: float, batch_size: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Sample (temperature > 0) or decode greedily (0). -> ids, mask (B, T), T the longest answer; ids after the end are
     the pad id.
@@ -156,9 +182,10 @@ def generate(
     )
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     rows: dict[int, Tensor] = {}
-    with torch.no_grad(), answering(lm.model, config):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+    size = batch_size or lm.sample_batch
+    with torch.no_grad(), lm.autocast(), answering(lm.model, config):
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
             ids, mask = left_pad([prompts[i] for i in batch], lm.device)
             out = lm.model.generate(
                 input_ids=ids,
@@ -280,7 +307,9 @@ def explain_missing(name: str, where: str, error: Exception) -> str:
         return f"--model {name}: {where} is gated; accept its licence on its hub page, then run `hf auth login`"
     if "404" in text or "not a valid model identifier" in text:
         return f"--model {name}: no folder and no hub model of that name ({where}); short names are {', '.join(SHORT)}"
-    return (
-        f"--model {name}: {where} is not cached here and the hub cannot be reached; connect once, "
-        "or give a local folder (--model tiny needs neither)"
-    )
+    if "offline" in text.lower() or "connect" in text.lower() or "couldn't find them in the cached" in text.lower():
+        return (
+            f"--model {name}: {where} is not cached here and the hub cannot be reached; connect once, "
+            "or give a local folder (--model tiny needs neither)"
+        )
+    return f"--model {name}: {where} cannot be used: {text.splitlines()[0]}"

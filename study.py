@@ -99,7 +99,7 @@ def summarise(cells: list[Cell], out: Path, failed: dict[Cell, str]) -> dict:
     table: dict = {}
     for cell in cells:
         table.setdefault(cell.setting, {}).setdefault(cell.recipe, []).append(result(cell, out))
-    for recipes in table.values():
+    for setting, recipes in table.items():
         for recipe, found in recipes.items():
             done = [r for r in found if r]
             metrics = (
@@ -118,7 +118,7 @@ def summarise(cells: list[Cell], out: Path, failed: dict[Cell, str]) -> dict:
                 f: spread([r["by_task"][f] for r in done])[0] for f in (done[0]["by_task"] if done else ())
             }
             row["seeds"] = len(done)
-            row["failed"] = [why for c, why in failed.items() if c.recipe == recipe]
+            row["failed"] = [why for c, why in failed.items() if (c.setting, c.recipe) == (setting, recipe)]
             recipes[recipe] = row
     return table
 
@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
 def write(table: dict, out: Path) -> str:
     out.mkdir(parents=True, exist_ok=True)
     text = markdown(table)
-    for name, content in (("table.md", text), ("table.json", json.dumps(table, indent=1))):
+    for name, content in (("table.md", text), ("table.json", json.dumps(table, indent=1).replace("NaN", "null"))):
         new = out / (name + ".new")
         new.write_text(content + "\n")
         os.replace(new, out / name)

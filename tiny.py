@@ -1,14 +1,13 @@
 """tiny.py - the tiny model that half knows the world: a tokenizer, 0.9 M parameters, and a few minutes of pre-training.
 
 The base "half knows": of each family it has met one part on its own, and the other part *only with a reference in
-front* - sums with a carry, 24 of 30 things, 4 of 8 operations, 9 of 12 tool words. For the last three even the meaning
-was drawn anew in every pre-training example, so that nothing but the reference could tell. Alone it has to guess there;
-with a reference it is good; a wrong one misleads it in part.
+front* - sums with a carry, choices with a number of 50 or more, 24 of 30 things, 4 of 8 operations, 9 of 12 tool words.
+For the last three even the meaning was drawn anew in every pre-training example, so that nothing but the reference
+could tell. Alone it has to guess there; with a reference it is good; a wrong one misleads it in part.
 
-`python tiny.py` rebuilds assets/tiny-base (an ordinary Hugging Face Qwen2 checkpoint) in a few minutes on 2 cores.
-Depends on data.py, sandbox.py, transformers.   Try it:  python -m pytest tests/test_tiny.py -q
+`python tiny.py` rebuilds assets/tiny-base in about four minutes on 2 cores. The result is an ordinary Hugging Face
+Qwen2 checkpoint: every script treats it like any other model.
 
-The result, assets/tiny-base, is an ordinary Hugging Face Qwen2 checkpoint: every script treats it like any other model.
 Depends on data.py, world.py, transformers.   Try it:  python -m pytest tests/test_tiny.py -q
 """
 
@@ -52,7 +51,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
 
 
 def make_model(tokenizer, hidden: int = 160, layers: int = 3, seed: int = 0) -> Qwen2ForCausalLM:
-    """An untrained Qwen2: 0.8 M parameters by default."""
+    """An untrained Qwen2: 0.9 M parameters by default."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer),

@@ -11,7 +11,7 @@ summary.json, and checkpoint-<step>/.
 Not like the official code: one denominator per optimizer step, so the gradient does not depend on the micro-batch; the
 EMA teacher, the data cursor and every random state are in the checkpoint, so a resumed run equals an uninterrupted one
 bit for bit.
-Depends on most other files; nothing but bench and study depends on it.   Try it:  python -m pytest tests/test_train.py -q
+Depends on most other files; only study.py runs it.   Try it:  python -m pytest tests/test_train.py -q
 """
 
 import json
@@ -32,11 +32,11 @@ import contexts
 import metrics
 import plan
 import world
-from config import DEPARTURES, SETTINGS, Config, parse
-from data import Task
+from config import DEPARTURES, SETTINGS, Config, default_out, parse
+from data import Task, chat_ids
 from ema import EMA, half_life
 from losses import quantile_ceiling
-from reading import chunks, head_of, read
+from reading import check_head, chunks, head_of, read
 from rollout import Loaded, choose_device, generate, load, turn_end
 from unisd import Batch, Targets, divergence_now, score_teachers, unisd_loss
 from watch import Watch, after_training, before_training
@@ -55,15 +55,7 @@ class Run:
     step: int = 0
     prompts: dict = field(default_factory=dict)  # example index -> its prompts' token ids, made once
 
-    prepared: dict = field(default_factory=dict)  # contexts.prepare: demonstrations, instructions, negatives
-    references_cut: int = 0  # how many references had to be shortened to fit --max-prompt-tokens
-
-    def prompts_of(self, i: int) -> dict:
-        """Every prompt of training example i that the recipe needs."""
-        if i not in self.prompts:
-            self.prompts[i], cut = contexts.encode(self.lm.tokenizer, self.task, i, self.cfg, self.prepared)
-            self.references_cut += cut > 0
-        return self.prompts[i]
+    usable: list = field(default_factory=list)  # the training examples that fit; a step draws from these
 
     def teacher(self):
         """`with run.teacher():` the model is the teacher."""
@@ -78,8 +70,8 @@ def train(run: Run, log, watch: Watch) -> None:
     while run.step < cfg.steps and not watch.stop:
         # --- 1. sample: the student answers, alone -------------------------------------------------------------------
         clock = Clock(run.lm.device)
-        chosen = order(len(run.task.train), cfg.seed, run.step * cfg.batch, cfg.batch)
-        p = [run.prompts_of(i) for i in chosen]
+        chosen = [run.usable[n] for n in order(len(run.usable), cfg.seed, run.step * cfg.batch, cfg.batch)]
+        p = [run.prompts[i] for i in chosen]
         ids, mask = write_answers(run, [x["student"] for x in p], chosen)
         batch = Batch(
             student=[x["student"] for x in p],
@@ -92,9 +84,12 @@ def train(run: Run, log, watch: Watch) -> None:
         clock.lap("sampling")
 
         # --- 2. score: the teachers re-read the same tokens, before the student does: they borrow its weights --------
-        with autocast(run):
+        with run.lm.autocast():
             t = score_teachers(model, run.teacher, batch, run.lm.vocab, cfg)
-            if cfg.clip_quantile:
+        if cfg.clip_quantile and cfg.w_div:
+            with (
+                run.lm.autocast()
+            ):  # its own: autocast remembers casts of weights, and the teacher's are no longer in the model
                 t.ceiling = quantile_ceiling(
                     divergence_now(model, t, run.lm.vocab, cfg, cfg.micro_batch), mask, cfg.clip_quantile
                 )
@@ -104,13 +99,13 @@ def train(run: Run, log, watch: Watch) -> None:
         model.train()
         values, loss = [], torch.zeros((), device=run.lm.device)
         for rows in chunks(cfg.batch, cfg.micro_batch):
-            with autocast(run):
+            with run.lm.autocast():
                 states = read(model, batch.student[rows], ids[rows], mask[rows])
                 part, each = unisd_loss(states, head_of(model, run.lm.vocab), t.rows(rows), t.head, cfg, t.ceiling)
             part.backward()
             loss += part.detach()
             values.append(each)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_norm or math.inf)
 
         # --- 4. update: AdamW, then, every few steps, the slow teacher -----------------------------------------------
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -154,11 +149,16 @@ def write_answers(run: Run, prompts: list[list[int]], chosen: list[int]) -> tupl
     coin = torch.rand((), generator=torch.Generator().manual_seed(cfg.seed * 1_000_003 + run.step)).item()
     if coin < cfg.on_policy:
         writer = run.frozen.applied_to(lm.model) if cfg.sampler == "base" else nullcontext()
-        with writer, autocast(run):
-            return generate(lm, prompts, cfg.max_new_tokens, cfg.temperature, cfg.sample_batch)
+        with writer:
+            return generate(lm, prompts, cfg.max_new_tokens, cfg.temperature)
     end = turn_end(lm)
-    rows = [run.task.train[i].target or run.task.train[i].reference for i in chosen]
-    rows = [lm.tokenizer(r, add_special_tokens=False)["input_ids"][: cfg.max_new_tokens - 1] + [end] for r in rows]
+    rows = [
+        lm.tokenizer(e.target or e.reference, add_special_tokens=False)["input_ids"]
+        for e in map(run.task.train.__getitem__, chosen)
+    ]
+    # A solution that had to be cut does not end where it was cut: it gets no end token, or the student learns to stop
+    # half way.
+    rows = [r + [end] if len(r) < cfg.max_new_tokens else r[: cfg.max_new_tokens] for r in rows]
     width = max(map(len, rows))
     ids = torch.tensor([r + [end] * (width - len(r)) for r in rows], device=lm.device)
     return ids, torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=lm.device)
@@ -170,11 +170,6 @@ def schedule(step: int, cfg: Config) -> float:
     if step < rise:
         return (step + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, cfg.steps - rise)))
-
-
-def autocast(run: Run):
-    """bf16 matmuls on fp32 master weights, where chosen; nothing otherwise."""
-    return torch.autocast(run.lm.device.type, dtype=torch.bfloat16, enabled=run.cfg.dtype == "bf16")
 
 
 class Clock:
@@ -214,9 +209,12 @@ def load_task(cfg: Config) -> tuple[Task, dict]:
     if cfg.wrong_references:
         raise ValueError("--wrong-references works in the tiny world only; set it to 0, or use --data tiny")
     if cfg.data.endswith(".jsonl"):
-        return benchmarks.load_jsonl(cfg.data, seed=cfg.seed)
+        task, manifest = benchmarks.load_jsonl(cfg.data, seed=cfg.seed)
+        task.train, task.test = task.train[: cfg.train_size or None], task.test[: cfg.eval_size or None]
+        return task, manifest
     size = None if cfg.steps == cfg.epochs == 0 else cfg.train_size  # only evaluating: training data is not even read
-    # Negatives are made whether the recipe needs them or not: the data and its fingerprint are the same for every recipe.
+    # Negatives are made whether the recipe needs them or not: the data and its fingerprint are the same for every
+    # recipe.
     negatives = size is not None
     return benchmarks.load_task(cfg.data, train_size=size, test_size=cfg.eval_size, seed=cfg.seed, negatives=negatives)
 
@@ -228,9 +226,14 @@ def start(cfg: Config, out: Path) -> Run:
     print(f"{reason} | torch {torch.__version__} | seed {cfg.seed}")
     if cfg.preset == "official":
         print("official settings, except:\n  - " + "\n  - ".join(DEPARTURES))
-    lm = load(cfg.model, device)
+    # Under LoRA nothing of the base is trained: it may lie in bf16. What is trained is always fp32.
+    lm = load(cfg.model, device, torch.bfloat16 if cfg.lora_rank and cfg.dtype == "bf16" else torch.float32)
+    lm.merge()
+    lm.dtype, lm.sample_batch = cfg.dtype, cfg.sample_batch
+    lm.train_text_only()
     task, manifest = load_task(cfg)
     model = lm.model
+    check_head(model, lm.vocab, chat_ids(lm.tokenizer, "1 + 1"))
     room = lm.context - cfg.max_new_tokens
     if room < 16:
         raise ValueError(
@@ -259,7 +262,11 @@ def start(cfg: Config, out: Path) -> Run:
     if average:
         print(f"EMA teacher: after {half_life(cfg.ema_decay, cfg.ema_every):.0f} steps half of it is new")
     run = Run(cfg, lm, task, optimizer, average, frozen)
-    run.prepared = contexts.prepare(lm, task, cfg, out) if cfg.steps else {}
+    model.eval()
+    if cfg.steps:
+        run.prompts, notes = contexts.encode_all(lm.tokenizer, task, cfg, contexts.prepare(lm, task, cfg, out))
+        run.usable = list(run.prompts)
+        manifest |= notes if manifest else {}
     if manifest:
         checkpoint.write_json(out / "manifest.json", manifest)
     return run
@@ -271,33 +278,31 @@ def main(cfg: Config) -> dict:
     if cfg.dry_run:
         print(plan.describe(cfg))
         return {}
-    cfg.out = cfg.out or f"runs/{cfg.recipe}-seed{cfg.seed}"
+    cfg.out = cfg.out or default_out(cfg.recipe, cfg.seed)
     out = checkpoint.claim(cfg)
     if cfg.resume and (out / "summary.json").exists():
         print(f"{out} is finished; its numbers are in {out / 'summary.json'}")
         return json.loads((out / "summary.json").read_text())
     run = start(cfg, out)
-    before = before_training(run, out)
     checkpoint.write_json(out / SETTINGS, asdict(cfg))
+    before = before_training(run, out)
     if cfg.resume:
         checkpoint.restore(run)
         print(f"resumed at step {run.step} of {cfg.steps}")
     with (out / "log.jsonl").open("a") as log, Watch(run) as watch, checkpoint.disk("log.jsonl"):
         train(run, log, watch)
-    if run.references_cut:
-        print(
-            f"{run.references_cut} references were longer than --max-prompt-tokens {cfg.max_prompt_tokens} and were cut"
-        )
     if run.step < cfg.steps:
         checkpoint.save(run)
         print(f"stopped at step {run.step} of {cfg.steps}; go on with: python train.py --out {out} --resume")
         return {}
+    if cfg.steps:
+        checkpoint.save(run)  # what follows is long, and may run out of memory
     return after_training(run, out, before, begun)
 
 
 OUT_OF_MEMORY = (
-    "the device is out of memory: lower --micro-batch, --sample-batch or --max-tokens-per-pass (none changes the result), "
-    "or add --grad-checkpointing; the last checkpoint is whole, but batch sizes are part of a run: use a new --out"
+    "the device is out of memory; the last checkpoint is whole. Go on with --resume and a lower --micro-batch or "
+    "--max-tokens-per-pass, or with --grad-checkpointing (none changes the result); in a new run, also try a lower --sample-batch"
 )
 
 
@@ -306,6 +311,9 @@ def cli(argv: list[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_, **__: f"train.py: {message}\n"
     try:
         main(parse(argv))
+    except KeyboardInterrupt:
+        print("train.py: stopped; what was saved stands: go on with --resume", file=sys.stderr)
+        return 130
     except torch.OutOfMemoryError:
         print(f"train.py: {OUT_OF_MEMORY}", file=sys.stderr)
         return 2

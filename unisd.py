@@ -21,7 +21,7 @@ end to end.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -163,8 +163,7 @@ def score_teachers(
     if m.uses_teacher:
         with teacher():
             # Detached, the head keeps pointing at the teacher's weights after the student's are back in the model.
-            head = head_of(model, vocab)
-            head = replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
+            head = head_of(model, vocab).detach()
             logp = lambda tau: lambda h, ids: sampled_logps(h, ids, head, tau, m.chunk)
             hidden = score(model, batch.teacher, batch, m.max_tokens_per_pass, lambda h, ids: h)
             if m.w_contrast:
@@ -176,7 +175,7 @@ def score_teachers(
                 weights = reliability(torch.stack(readings), batch.mask, m)
     c = agreement.coefficients(batch.mask, weights, m.normalizer)
     a = agreement.coefficients(batch.mask, torch.ones_like(weights), m.normalizer)
-    return Targets(batch, hidden, head, negative, weights, c, a, m.clip or None)
+    return Targets(batch, hidden, head, negative, weights, c, a, m.clip if m.clip and m.w_div else None)
 
 
 def reliability(readings: Tensor, mask: Tensor, m: Mechanisms) -> Tensor:

@@ -73,10 +73,11 @@ class Watch:
             gnorm=f"{row['grad_norm']:.2f}",
         )
         if run.cfg.teacher_every and (run.step % run.cfg.teacher_every == 0 or run.step == 1):
-            with run.teacher():
-                row["teacher_accuracy"] = metrics.measure(
-                    run.lm, run.task, self.held_out, True, run.cfg.max_new_tokens
-                )["accuracy"]
+            if run.cfg.uses_teacher:
+                with run.teacher():
+                    row["teacher_accuracy"] = metrics.measure(
+                        run.lm, run.task, self.held_out, True, run.cfg.max_new_tokens
+                    )["accuracy"]
             row["student_accuracy"] = metrics.measure(run.lm, run.task, self.held_out, False, run.cfg.max_new_tokens)[
                 "accuracy"
             ]
@@ -144,7 +145,10 @@ def after_training(run, out: Path, before: dict, begun: float) -> dict:
         print("measuring again, and the drift from the base ...")
         alone = metrics.measure(lm, task, task.test, cfg.privileged, cfg.max_new_tokens)
         ood = metrics.measure(lm, task, task.ood, False, cfg.max_new_tokens) if task.ood else {}
-        moved = metrics.drift(lm, load(cfg.model, lm.device), task, task.test, limit=cfg.max_new_tokens)
+        run.optimizer = run.average = run.frozen = None  # their memory is needed for the base beside the trained model
+        base = load(cfg.model, lm.device)
+        base.dtype, base.sample_batch = lm.dtype, lm.sample_batch
+        moved = metrics.drift(lm, base, task, task.test, limit=cfg.max_new_tokens)
     checkpoint.save_final(run)
     curves(out / "log.jsonl", out / "curves.png", f"{cfg.recipe}, {Path(lm.name).name}, seed {cfg.seed}")
     pick = lambda m: {k: m[k] for k in ("accuracy", "by_task", "interval", "length", "eos") if k in m}

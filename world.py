@@ -183,9 +183,13 @@ def blotted(text: str, positions: Sequence[float], share: float) -> str:
 
 
 def to_example(item: Item, r: random.Random, wrong: bool = False) -> Example:
-    """The example a learner gets. `wrong`: its reference is the wrong one, and so is what SFT would imitate."""
-    draws = [r.random() for _ in range(40)]  # the same blots for right and wrong: only the content differs
-    good, bad = (item.wrong, item.terse) if wrong else (item.terse, item.wrong)
+    """The example a learner gets. `wrong`: its reference is a wrong one, and so is what SFT would imitate.
+
+    Right and wrong have the same blots, so they differ in content only; in about one example of six the blots hide the
+    difference, and then a contrast between them teaches nothing.
+    """
+    draws = [r.random() for _ in range(40)]
+    good, bad = (item.wrong, other_slip(item)) if wrong else (item.terse, item.wrong)
     return Example(
         task=item.family,
         question=item.question,
@@ -197,23 +201,57 @@ def to_example(item: Item, r: random.Random, wrong: bool = False) -> Example:
     )
 
 
+def other_slip(item: Item) -> str:
+    """A second wrong reference, for questions whose reference is wrong already: their negative must be wrong too."""
+    if item.family == "sum":
+        pool = [str(int(item.terse) + d) for d in (-10, -1, 1, 10)]
+    elif item.family == "choice":
+        pool = re.findall(r"[ABC] \d+", item.question)
+    elif item.family == "fact":
+        pool = item.question.split(": ")[1].split(", ")
+    elif item.family == "code":
+        pool = [
+            item.terse[:i] + c + item.terse[i + 1 :] for i, old in enumerate(item.terse) if old in "+-*" for c in "+-*"
+        ]
+        right = [int(t.split("== ")[1]) for t in item.answer]
+        pool = [
+            p for p in pool if [eval(p, {"x": x}) for x in (1, 3, 10)] != right
+        ]  # our own expression, not a model's
+    else:
+        pool = [" ".join([t, *item.terse.split()[1:]]) for t in TOOLS]
+    return next(p for p in pool if p not in (item.terse, item.wrong))
+
+
 def distinct(
     families: Sequence[str], each: int, seed: int, test: bool, ood: bool = False, wrong: float = 0.0
 ) -> list[Example]:
-    """`each` different questions per family, interleaved, the same for the same seed."""
+    """`each` different questions per family, interleaved, the same for the same seed. Raises ValueError if there are
+    not so many.
+    """
     r, seen, out = random.Random(f"{seed}-{test}-{ood}"), set(), []
     for _ in range(each):
         for family in families:
-            item = draw(r, family, test, ood)
-            while item.question in seen:
+            for _ in range(20_000):
                 item = draw(r, family, test, ood)
+                if item.question not in seen:
+                    break
+            else:
+                raise ValueError(
+                    f"the tiny world has only about {len(out) // len(families)} different {'test' if test else 'training'} "
+                    f"questions of family {family}: lower --{'eval-size (--size in eval.py)' if test else 'train-size'}"
+                )
             seen.add(item.question)
             out.append(to_example(item, r, wrong=r.random() < wrong))
     return out
 
 
 def load(train_size: int = 4000, test_size: int = 100, wrong_references: float = 0.0, seed: int = 0) -> Task:
-    """The tiny world as a Task. The test questions are the same for every seed; test_size is per family."""
+    """The tiny world as a Task. The test questions are the same for every seed; test_size is per family.
+
+    Raises ValueError if train_size is below one question per family, or if there are not so many different questions.
+    """
+    if train_size < len(FAMILIES):
+        raise ValueError(f"--train-size {train_size} is less than one question for each of {len(FAMILIES)} families")
     return Task(
         name="tiny",
         train=distinct(FAMILIES, train_size // len(FAMILIES), seed, test=False, wrong=wrong_references),

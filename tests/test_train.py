@@ -37,7 +37,7 @@ def test_every_recipe_trains(recipe, tmp_path):
     assert {"loss", "entropy", "length", "eos", "weight", "grad_norm", "s_sampling", "s_scoring", "s_update"} <= set(
         rows[0]
     ) | {"entropy"}
-    assert "teacher_accuracy" in rows[1]
+    assert "student_accuracy" in rows[1] and ("teacher_accuracy" in rows[1]) == make(recipe).uses_teacher
     before, after = weights(TINY), weights(tmp_path / "o")
     assert any((before[n] != after[n]).any() for n in before)
     assert AutoTokenizer.from_pretrained(tmp_path / "o").chat_template
@@ -90,7 +90,7 @@ def test_every_recipe_sees_the_same_examples_in_the_same_order():
 
 def test_references_as_completions_end_like_a_turn(tmp_path):
     run = train.start(make("sft", out=str(tmp_path), **FAST), tmp_path)
-    p = [run.prompts_of(i) for i in range(4)]
+    p = [run.prompts[i] for i in range(4)]
     ids, mask = train.write_answers(run, [x["student"] for x in p], [0, 1, 2, 3])
     for i in range(4):
         text = run.lm.tokenizer.decode(ids[i][mask[i].bool()])
