@@ -121,3 +121,21 @@ def test_the_micro_batch_still_does_not_matter_and_checkpointing_neither(tmp_pat
     for n in a:
         assert_close(a[n], b[n], rtol=1e-3, atol=2e-4)
         assert_close(a[n], c[n], rtol=1e-3, atol=2e-4)
+
+
+def test_training_goes_on_from_a_loaded_adapter(tmp_path):
+    """Its factors become part of the weights: what is trained next starts from there, never from the bare base."""
+    train.main(make("sft", out=str(tmp_path / "a"), steps=3, lr=1e-2, **FAST))
+    first = load(str(tmp_path / "a"), CPU)
+    run = train.start(
+        make("sd", model=str(tmp_path / "a"), preset="tiny", out=str(tmp_path), steps=1, **FAST), tmp_path
+    )
+    assert_close(logits(run.lm.model), logits(first.model), rtol=1e-4, atol=1e-4)
+    with run.teacher() as teacher:
+        assert_close(logits(teacher), logits(first.model), rtol=1e-4, atol=1e-4)
+
+
+def test_a_bf16_base_with_fp32_factors(tmp_path):
+    train.main(make("unisd-star", out=str(tmp_path), steps=2, dtype="bf16", **FAST))
+    again = load(str(tmp_path), CPU)
+    assert all(p.dtype == torch.float32 for n, p in again.model.named_parameters() if "lora_" in n)

@@ -97,6 +97,57 @@ def test_references_as_completions_end_like_a_turn(tmp_path):
         assert text == run.task.train[i].target + "<|im_end|>"
 
 
+def test_a_cut_reference_gets_no_end(tmp_path):
+    run = train.start(make("sft", out=str(tmp_path), **(FAST | dict(max_new_tokens=3))), tmp_path)
+    ids, mask = train.write_answers(run, [], [0, 1, 2, 3])
+    for i, row in enumerate(ids):
+        whole = run.lm.tokenizer(run.task.train[i].target)["input_ids"]
+        assert (row[mask[i].bool()][-1] in run.lm.eos) == (len(whole) < 3)
+
+
+def test_every_flag_goes_with_every_recipe(tmp_path):
+    """Ceilings where there is no divergence, bf16 with a teacher that borrows the weights, no gradient limit."""
+    one = FAST | dict(steps=1, teacher_every=0, save_every=0)
+    with pytest.warns(UserWarning, match="caps the divergence"):
+        cfg = make("sft", clip=2.0, out=str(tmp_path / "a"), **one)
+    train.main(cfg)
+    with pytest.warns(UserWarning, match="caps the divergence"):
+        cfg = make("match-repr", clip_quantile=0.9, out=str(tmp_path / "b"), **one)
+    train.main(cfg)
+    train.main(make("sd", grad_norm=0.0, out=str(tmp_path / "c"), **one))
+    before, after = weights(TINY), weights(tmp_path / "c")
+    assert any((before[n] != after[n]).any() for n in before)
+
+
+def test_under_autocast_the_ceiling_is_the_students_not_the_teachers(tmp_path):
+    """Autocast remembers its casts of the weights, and the teacher borrows the parameters: one autocast for both would
+    read the student with the teacher's weights. Student and teacher differ here, so their divergences at a quantile do
+    too."""
+    ceilings = {}
+    for dtype in ("fp32", "bf16"):
+        run = train.start(make("sd", clip_quantile=0.5, dtype=dtype, out=str(tmp_path), **FAST), tmp_path)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for p in run.lm.model.parameters():
+                p.add_(0.1 * torch.randn_like(p))  # far from the frozen teacher
+        seen, real = [], train.quantile_ceiling
+        train.quantile_ceiling = lambda *a, seen=seen, real=real: seen.append(real(*a)) or seen[-1]
+
+        class Quiet:
+            stop = False
+
+            def after_step(self, run, *_):
+                self.stop = True
+
+        try:
+            with (tmp_path / "log").open("w") as log:
+                train.train(run, log, Quiet())
+        finally:
+            train.quantile_ceiling = real
+        ceilings[dtype] = seen[0].item()
+    assert ceilings["bf16"] == pytest.approx(ceilings["fp32"], rel=0.3)
+
+
 def test_schedule():
     cfg = make("sd", steps=100, warmup=0.1)
     rates = [train.schedule(s, cfg) for s in range(100)]
@@ -197,6 +248,14 @@ def test_another_runs_folder_is_refused(tmp_path, capsys):
     assert "holds no run" in capsys.readouterr().err
     assert train.cli(["--out", str(tmp_path), "--resume", "--lr", "0.5"]) == 2
     assert "--lr is 0.5 here" in capsys.readouterr().err
+
+
+def test_resume_without_out_finds_the_default_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fast = "--steps 1 --batch 2 --micro-batch 2 --eval-size 1 --train-size 50 --teacher-every 0 --device cpu".split()
+    assert train.cli(["--recipe", "sd", *fast]) == 0
+    assert train.cli(["--recipe", "sd", "--resume"]) == 0
+    assert "is finished" in capsys.readouterr().out
 
 
 def test_flags_win_over_recipes_and_recipes_over_presets():

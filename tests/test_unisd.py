@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import agreement
 import losses
 from ema import EMA
-from reading import Head, head_of, passes, read, sampled_logps
+from reading import Head, check_head, head_of, passes, read, sampled_logps
 from unisd import Batch, Mechanisms, divergence_now, score_teachers, unisd_loss
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
@@ -370,3 +370,25 @@ def test_the_estimators_against_the_full_divergence(model):
     student = sampled_logps(states, ids, head, 1.0, 8)
     teacher = sampled_logps(t.rows(slice(None))["teacher"], ids, head, 1.0, 8)
     assert_close(each["div"], student - teacher, **EXACT)
+
+
+def test_no_gradient_is_computed_where_none_is_wanted(model, monkeypatch):
+    """A custom autograd function is asked for gradients by its inputs, whatever no_grad says; the quantile pass must
+    not pay for one.
+    """
+    batch, m = batch_of(), Mechanisms()
+    t = score_teachers(model, nullcontext, batch, VOCAB, m)
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("a gradient was taken"))
+    divergence_now(model, t, VOCAB, m, micro_batch=2)
+
+
+def test_a_ceiling_without_a_divergence_is_no_ceiling(model):
+    t = score_teachers(model, nullcontext, batch_of(), VOCAB, Mechanisms(w_div=0.0, w_nll=1.0, clip=2.0))
+    assert t.ceiling is None
+
+
+def test_a_head_that_is_not_the_models_own_is_noticed(model):
+    check_head(model, VOCAB, [5, 6, 7])
+    model.lm_head.register_forward_hook(lambda _, args, out: out * 0.5)  # as models do that scale their logits
+    with pytest.raises(ValueError, match="scales or changes"):
+        check_head(model, VOCAB, [5, 6, 7])

@@ -72,6 +72,22 @@ def test_wrong_references_on_demand():
     assert 0.6 < sum(right) / len(right) < 0.7
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_the_reference_is_wrong_the_negative_is_wrong_too(family):
+    for item in items(family, 60):
+        other = world.other_slip(item)
+        example = world.to_example(item, random.Random(0))
+        assert other not in (item.terse, item.wrong)
+        assert not score([example], [other])[0]["correct"]
+
+
+def test_the_world_is_finite_and_says_so():
+    with pytest.raises(ValueError, match="--eval-size"):
+        distinct(("choice",), 3000, -1, test=True, ood=True)
+    with pytest.raises(ValueError, match="--train-size 4"):
+        world.load(train_size=4)
+
+
 @pytest.mark.parametrize(
     ("family", "answer", "text", "correct"),
     [
