@@ -88,6 +88,7 @@ def result(cell: Cell, out: Path) -> dict | None:
 
 def spread(values: list[float]) -> tuple[float, float]:
     """Mean and half-width of its 95 % interval (Student's t over the seeds); nan with a single seed."""
+    values = [v for v in values if v == v]  # a recipe of 0 steps has no time per step: nan
     n = len(values)
     if n < 2:
         return (values[0] if values else math.nan), math.nan
