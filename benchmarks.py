@@ -39,7 +39,7 @@ from pathlib import Path
 from data import Example, Task
 from negatives import add_negatives
 from records import BENCHMARKS, Benchmark, Skip, choice_example, code_example, paragraphs
-from scoring import FENCE, LETTERS, as_number, last_line, score, score_all
+from scoring import FENCE, LETTERS, as_number, last_line, score_all
 
 # --- the paper's data sets -------------------------------------------------------------------------------------------
 
@@ -78,6 +78,15 @@ def load_task(
             manifest["ood"] = {"data": benchmark.ood, "error": str(error)}
     task = Task(name, train, test, score_all, ood)
     return task, manifest | {"fingerprint": task.fingerprint()}
+
+
+def score(task: str, example: Example, completion: str) -> dict:
+    """One completion, judged as a question of `task` (for many use `score_all`). Raises ValueError if it is another
+    task's.
+    """
+    if task != example.task:
+        raise ValueError(f"this example belongs to task {example.task!r}, not to {task!r}")
+    return score_all([example], [completion])[0]
 
 
 def draw(benchmark: Benchmark, side: str, size: int, seed: int) -> tuple[list[Example], dict]:
@@ -255,7 +264,7 @@ def _ending(e: Example, reference: str) -> Example:
     """The example with this reference, made to end in the answer line of e's own. Raises Skip if it ends in another one."""
     if not last_line(reference).startswith("Answer:"):
         return replace(e, reference=paragraphs(reference, last_line(e.reference)))
-    if not score(e, reference)["correct"]:
+    if not score(e.task, e, reference)["correct"]:
         raise Skip(f"the reference ends in {last_line(reference)!r}, which is not the answer")
     return replace(e, reference=reference)
 
@@ -293,7 +302,7 @@ def _exact_example(question: str, reference: str, answer) -> Example:
         reference=f"Answer: {answer}",
         answer={"kind": kind, "value": answer, "mark": "Answer:"},
     )
-    if not score(e, e.reference)["correct"]:
+    if not score(e.task, e, e.reference)["correct"]:
         raise Skip("field 'answer' must be one short line that can be read back")
     return _ending(e, reference)
 

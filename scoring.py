@@ -9,12 +9,12 @@ What: `Example.answer` says what is compared, as plain data; its "kind" says how
     code     {"entry": "f", "tests": [...], "prelude": ""}    the tests, run in sandbox.py
     None     nothing to compare with: never correct, always abstained
 
-Every result has correct (a lenient reading: the answer counts, not its dress), abstained (no answer was found) and strict
-(correct, and written in the very format that the question asks for), then what its kind adds.
+Every result has correct (a lenient reading: the answer counts, not its dress), abstained (no answer was found) and
+strict (correct, and written in the very format that the question asks for), then what its kind adds.
 
-Not like the official code: a letter inside prose is not an answer, and of several stated answers the last one counts, not the
-first; two tool arguments are equal as JSON values (True is not "True"), invented ones cost, and what cannot be parsed
-never scores; code runs in another process, and a function under another name is not renamed until it fits.
+Not like the official code: a letter inside prose is not an answer, and of several stated answers the last one counts,
+not the first; two tool arguments are equal as JSON values (True is not "True"), invented ones cost, and what cannot be
+parsed never scores; code runs in another process, and a function under another name is not renamed until it fits.
 
 Depends on data.py, sandbox.py.   Try it:  python -m pytest tests/test_benchmarks.py -q
 """
@@ -34,11 +34,6 @@ from data import Example
 from sandbox import Limits, run_tests
 
 
-def score(example: Example, completion: str) -> dict:
-    """The result for one completion. Code starts a sandbox each time: for many, use `score_all`."""
-    return score_all([example], [completion])[0]
-
-
 def score_all(examples: Sequence[Example], completions: Sequence[str], limits: Limits | None = None) -> list[dict]:
     """A result for each completion, in order (see the top of the file); all code runs in one sandbox call.
 
@@ -56,6 +51,8 @@ def score_all(examples: Sequence[Example], completions: Sequence[str], limits: L
     verdicts = run_tests([job for _, job in jobs], limits or Limits()) if jobs else []
     for (result, _), verdict in zip(jobs, verdicts, strict=True):
         result.update(correct=verdict.passed, strict=result["strict"] and verdict.passed, reason=verdict.reason)
+    for result in results:
+        result.setdefault("lenient", result["correct"])  # tools say more: extra arguments free
     return results
 
 
@@ -214,7 +211,9 @@ def react_calls(text: str) -> list[dict]:
 
 
 def structured_calls(text: str) -> list[dict]:
-    """The calls of {"tool_calls": [{"Action": ..., "Action_Input": {...}}]}, alone or in a code fence; [] if it is not that."""
+    """The calls of {"tool_calls": [{"Action": ..., "Action_Input": {...}}]}, alone or in a code fence; [] if it is not
+    that.
+    """
     body = text.strip().removeprefix("```").removeprefix("json").removesuffix("```")
     try:
         calls = json.loads(body)["tool_calls"]
@@ -316,7 +315,8 @@ def find_code(text: str, entry: str) -> tuple[str | None, bool]:
     """(the code of a completion, is it in one python fence?). None if nothing defines `entry`.
 
     The last complete python fence that defines `entry`, else the last other fence that does, else the text itself; an
-    opening fence that is never closed is taken off. If `entry` is only there in broken code, that is returned: it was tried.
+    opening fence that is never closed is taken off. If `entry` is only there in broken code, that is returned: it was
+    tried.
     """
     fences = [(m["language"].lower() in ("python", "py", "python3"), m["code"]) for m in FENCE.finditer(text)]
     python, other = [c for p, c in fences if p], [c for p, c in fences if not p]

@@ -16,7 +16,18 @@ from benchmarks import BENCHMARKS, load_jsonl, load_task
 from data import Example
 from negatives import add_negatives, mutants, swapped
 from records import Skip
-from scoring import as_number, same, score, score_all
+from scoring import as_number, same, score_all
+
+
+def score(example, completion):
+    """The public form, less the key that only tools give a meaning of its own."""
+    result = benchmarks.score(example.task, example, completion)
+    return (
+        result
+        if example.answer and example.answer["kind"] == "tools"
+        else {k: v for k, v in result.items() if k != "lenient"}
+    )
+
 
 FIXTURES = Path(__file__).parent / "fixtures"  # invented records, in the columns of the data sets
 
@@ -766,3 +777,11 @@ def test_a_file_that_is_not_there(tmp_path):
     for path in (tmp_path / "nothing.jsonl", tmp_path):
         with pytest.raises(ValueError, match="cannot be read"):
             load_jsonl(path)
+
+
+def test_one_completion_is_judged_as_its_own_task_only():
+    e = Example("gsm8k", "q", "r", {"kind": "number", "value": "4", "mark": "####"})
+    result = benchmarks.score("gsm8k", e, "so it is 4")
+    assert {"correct", "abstained", "strict", "lenient"} <= set(result) and result["lenient"] and not result["strict"]
+    with pytest.raises(ValueError, match="belongs to task 'gsm8k'"):
+        benchmarks.score("mbpp", e, "4")
