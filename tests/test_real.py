@@ -57,6 +57,8 @@ def test_the_padded_table_loads_and_ends_are_all_there(shaped):
     ],
 )
 def test_a_benchmark_trains_end_to_end(data, recipe, more, shaped, tmp_path):
+    if "lora_rank" in more:
+        pytest.importorskip("peft")
     summary = train.main(
         make(recipe, model=shaped, data=data, out=str(tmp_path), **(FAST | dict(contexts=2, ema_every=1) | more))
     )
