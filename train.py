@@ -312,7 +312,7 @@ def cli(argv: list[str] | None = None) -> int:
     try:
         main(parse(argv))
     except KeyboardInterrupt:
-        print("train.py: stopped; what was saved stands: go on with --resume", file=sys.stderr)
+        print("train.py: stopped; go on with --resume, or start again if it had not begun to measure", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError:
         print(f"train.py: {OUT_OF_MEMORY}", file=sys.stderr)
