@@ -114,10 +114,15 @@ def answers(lm: Loaded, prompts: list[list[int]], limit: int, cache: Path | None
 
 def fingerprint(lm: Loaded) -> str:
     """A hash of all weights: two checkpoints of one run, or one folder written twice, never share a cached answer."""
+    # Hashing billions of weights takes a while: once, as long as nothing writes into them (torch counts the writes).
+    state = (id(lm.model), sum(p._version for p in lm.model.parameters()))
+    if lm.hashed and lm.hashed[0] == state:
+        return lm.hashed[1]
     digest = hashlib.sha256(lm.name.encode())
     for name, p in lm.model.state_dict().items():
-        digest.update(name.encode() + p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        digest.update(name.encode() + p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    lm.hashed = (state, digest.hexdigest())
+    return lm.hashed[1]
 
 
 def paired(a: Sequence[bool], b: Sequence[bool]) -> dict:

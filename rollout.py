@@ -79,6 +79,7 @@ class Loaded:
     adapter: nn.Module | None = None  # peft's wrapper around `model` where LoRA factors are trained
     dtype: str = "fp32"  # matmul precision, "fp32" or "bf16"; the weights themselves stay what they are
     sample_batch: int = 256  # prompts answered together
+    hashed: tuple = ()  # metrics.fingerprint's memory
 
     def autocast(self):
         """bf16 matmuls on fp32 weights, where chosen; nothing otherwise. Leave it before weights are swapped: it caches casts."""
