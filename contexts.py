@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Example, Task, chat_ids, context_message, fit_prompt, instruction_message, teacher_message
-from rollout import Loaded, decode, generate
+from rollout import Loaded, decode, generate, right_pad
 
 INDUCE = (
     "{demos}\n\nThe examples above are solved tasks of one kind. Write one general instruction of two or three sentences that "
@@ -85,9 +85,7 @@ def states_of(lm: Loaded, texts: list[str], batch: int = 32) -> Tensor:
     lm.model.eval()
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
-        width = max(len(rows[i]) for i in chosen)
-        ids = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in chosen], device=lm.device)
-        mask = torch.tensor([[1] * len(rows[i]) + [0] * (width - len(rows[i])) for i in chosen], device=lm.device)
+        ids, mask = right_pad([rows[i] for i in chosen], lm.device)
         states = lm.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.float() * mask.unsqueeze(-1)
         out[chosen] = (states.sum(1) / mask.sum(1, keepdim=True)).cpu()
     return torch.nn.functional.normalize(out, dim=-1)
@@ -196,29 +194,30 @@ def encode(tokenizer, task: Task, i: int, cfg, prepared: dict) -> tuple[dict, in
     # Without a proven wrong reference the right one stands in: the student is then on the same side of both teachers,
     # and the contrast's gradient is exactly 0 for this question.
     negative, _ = fit(with_reference, e.negative or e.reference) if cfg.w_contrast else ([], 0)
-    contexts = [
-        context_ids(tokenizer, task, i, k, cfg, prepared) for k in range(cfg.contexts if cfg.uses_agreement else 0)
-    ]
+    contexts = []
+    if cfg.uses_agreement:
+        instructions = prepared["instructions"][i] if prepared.get("instructions") else [""] * cfg.contexts
+        demos = prepared["demos"][i] if prepared.get("demos") else [[]] * cfg.contexts
+        if cfg.context_kind == "random":
+            demos = random_demos(
+                task.train, i, cfg.contexts, cfg.demos, cfg.seed
+            )  # once for all K: it looks through the pool
+        contexts = [context_ids(tokenizer, task, i, cfg, d, t) for d, t in zip(demos, instructions, strict=True)]
     return {"student": student, "teacher": teacher, "negative": negative, "contexts": contexts}, cut
 
 
-def context_ids(tokenizer, task: Task, i: int, k: int, cfg, prepared: dict) -> list[int]:
+def context_ids(tokenizer, task: Task, i: int, cfg, demos: list[int], instruction: str) -> list[int]:
     """Context k of example i. Where it is too long, what is shown gives way first, then the reference, never the
     question.
     """
     e, words, limit = task.train[i], task.wording, cfg.max_prompt_tokens
     own = (lambda r: teacher_message(words, e.question, r)) if cfg.context_reference else (lambda _: e.question)
-    if prepared.get("demos"):
-        numbers = prepared["demos"][i][k]
-    elif not prepared.get("instructions"):
-        numbers = random_demos(task.train, i, cfg.contexts, cfg.demos, cfg.seed)[k]
     for share in (1.0, 0.5, 0.25, 0.0):  # of what is shown, from its start
 
         def build(r: str, share=share) -> str:
-            if prepared.get("instructions"):
-                text = prepared["instructions"][i][k]
-                return instruction_message(words, own(r), text[: round(share * len(text))])
-            shown = [task.train[d] for d in numbers]
+            if instruction:
+                return instruction_message(words, own(r), instruction[: round(share * len(instruction))])
+            shown = [task.train[d] for d in demos]
             cut = [
                 replace(d, demo=(d.demo or d.reference)[: max(1, round(share * len(d.demo or d.reference)))])
                 for d in shown

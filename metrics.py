@@ -27,7 +27,7 @@ from torch import Tensor
 import losses
 from data import Example, Task, fit_prompt, teacher_message
 from reading import chunks, head_of, passes, read, sampled_logps
-from rollout import Loaded, decode, generate, turn_end
+from rollout import Loaded, decode, generate, right_pad, turn_end
 
 NO_DRIFT = {"jsd_to_base": 0.0, "retention_ppl": 1.0, "reverse_ppl": 1.0}
 
@@ -173,10 +173,7 @@ def gold_ppl(lm: Loaded, task: Task, examples: Sequence[Example]) -> float:
         lm.tokenizer(e.target or e.reference, add_special_tokens=False)["input_ids"] + [turn_end(lm)] for e in examples
     ]
     rows = [r[: max(1, lm.context - len(p))] for r, p in zip(rows, prompts, strict=True)]
-    width = max(map(len, rows))
-    ids = torch.tensor([r + [0] * (width - len(r)) for r in rows], device=lm.device)
-    mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=lm.device)
-    return perplexity(lm, prompts, ids, mask)
+    return perplexity(lm, prompts, *right_pad(rows, lm.device))
 
 
 @torch.no_grad()

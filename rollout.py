@@ -82,7 +82,9 @@ class Loaded:
     hashed: tuple = ()  # metrics.fingerprint's memory
 
     def autocast(self):
-        """bf16 matmuls on fp32 weights, where chosen; nothing otherwise. Leave it before weights are swapped: it caches casts."""
+        """bf16 matmuls on fp32 weights, where chosen; nothing otherwise. Leave it before weights are swapped: it caches
+        casts.
+        """
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bf16")
 
     def add_lora(self, rank: int, alpha: int, dropout: float) -> None:
@@ -110,12 +112,16 @@ class Loaded:
         )  # puts the factors into `model`, which stays what everyone reads
 
     def merge(self) -> None:
-        """Make a loaded adapter part of the weights: what is trained next starts from there, and "the base" is that too."""
+        """Make a loaded adapter part of the weights: what is trained next starts from there, and "the base" is that
+        too.
+        """
         if self.adapter:
             self.model, self.adapter = self.adapter.merge_and_unload(), None
 
     def train_text_only(self) -> None:
-        """Freeze what never gets a gradient from text (a vision tower): it would only cost optimizer and averages their memory."""
+        """Freeze what never gets a gradient from text (a vision tower): it would only cost optimizer and averages their
+        memory.
+        """
         used = {id(p) for m in (self.model.get_decoder(), self.model.get_output_embeddings()) for p in m.parameters()}
         for p in self.model.parameters():
             p.requires_grad_(p.requires_grad and id(p) in used)
@@ -157,6 +163,15 @@ def left_pad(prompts: list[list[int]], device) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     return ids, mask
+
+
+def right_pad(rows: list[list[int]], device, fill: int = 0) -> tuple[Tensor, Tensor]:
+    """Completions or texts of any lengths -> ids and mask, (B, longest) each. On the right, where a causal model cannot
+    see it.
+    """
+    width = max(map(len, rows))
+    ids = torch.tensor([r + [fill] * (width - len(r)) for r in rows], device=device)
+    return ids, torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=device)
 
 
 def generate(

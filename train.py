@@ -37,7 +37,7 @@ from data import Task, chat_ids
 from ema import EMA, half_life
 from losses import quantile_ceiling
 from reading import check_head, chunks, head_of, read
-from rollout import Loaded, choose_device, generate, load, turn_end
+from rollout import Loaded, choose_device, generate, load, right_pad, turn_end
 from unisd import Batch, Targets, divergence_now, score_teachers, unisd_loss
 from watch import Watch, after_training, before_training
 
@@ -159,9 +159,7 @@ def write_answers(run: Run, prompts: list[list[int]], chosen: list[int]) -> tupl
     # A solution that had to be cut does not end where it was cut: it gets no end token, or the student learns to stop
     # half way.
     rows = [r + [end] if len(r) < cfg.max_new_tokens else r[: cfg.max_new_tokens] for r in rows]
-    width = max(map(len, rows))
-    ids = torch.tensor([r + [end] * (width - len(r)) for r in rows], device=lm.device)
-    return ids, torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=lm.device)
+    return right_pad(rows, lm.device, fill=end)
 
 
 def schedule(step: int, cfg: Config) -> float:
