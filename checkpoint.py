@@ -6,7 +6,8 @@ random state, and the settings. A folder is written under another name, flushed 
 or not at all. state.pt is read with weights_only=True: nothing is unpickled that could run code.
 
 Not like the official code: the EMA teacher is in it (there a resumed run starts again with the base as its teacher).
-Depends on config.py, ema.py (through the run it is given).   Try it:  python -m pytest tests/test_resume.py -q
+Written by 2 processes it resumes on 1, and the other way round.
+Depends on config.py, parallel.py, ema.py (through the run it is given).   Try it:  python -m pytest tests/test_resume.py -q
 """
 
 import errno
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import parallel
 from config import SETTINGS, Config, saved_settings
 
 
@@ -43,7 +45,7 @@ def claim(cfg: Config) -> Path:
 
 
 # Settings that may change at --resume: they alter what is watched or where it runs, not what is computed.
-FREE = set("resume out device save_every sample_every chunk micro_batch max_tokens_per_pass grad_checkpointing".split())
+FREE = set("resume out device shard save_every sample_every chunk micro_batch max_tokens_per_pass grad_checkpointing".split())
 
 
 def check_same(out: Path, cfg: Config) -> None:
@@ -90,7 +92,9 @@ def disk(what: str):
 
 
 def write_json(path: Path, value) -> None:
-    """Written under another name, then renamed: never half a file."""
+    """Written under another name, then renamed: never half a file. Of several processes, only rank 0 writes."""
+    if parallel.rank():
+        return
     new = path.with_name(path.name + ".new")
     with disk(path.name):
         new.write_text(json.dumps(value, indent=1) + "\n")
@@ -98,43 +102,58 @@ def write_json(path: Path, value) -> None:
 
 
 def save(run) -> Path:
-    """Write checkpoint-<step>, then remove the older ones."""
+    """Write checkpoint-<step>, then remove the older ones. Every rank must call it; rank 0 writes."""
     out = Path(run.cfg.out)
     new, final = out / f".writing-{run.step}", out / f"checkpoint-{run.step}"
-    try:
-        with disk(final.name):
-            run.lm.save(new)
-            torch.save(state_of(run), new / "state.pt")
-            for file in new.iterdir():
-                with file.open("rb") as f:
-                    os.fsync(f.fileno())
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(new, final)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    for old in all_checkpoints(out)[:-1]:
-        shutil.rmtree(old, ignore_errors=True)
+    weights, state = whole_weights(run.lm.model), state_of(run)
+    if run.ranks.rank == 0:
+        try:
+            with disk(final.name):
+                run.lm.save(new, weights)
+                torch.save(state, new / "state.pt")
+                for file in new.iterdir():
+                    with file.open("rb") as f:
+                        os.fsync(f.fileno())
+                if final.exists():
+                    shutil.rmtree(final)
+                os.replace(new, final)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        for old in all_checkpoints(out)[:-1]:
+            shutil.rmtree(old, ignore_errors=True)
+    run.ranks.wait()
     return final
 
 
+def whole_weights(model) -> dict | None:
+    """The whole model's weights where they are sharded; None where they lie in it anyway."""
+    if not any(isinstance(p, parallel.DTensor) for p in model.parameters()):
+        return None
+    return {n: parallel.full(t).cpu() for n, t in model.state_dict().items()}
+
+
 def state_of(run) -> dict:
-    """All of a run but its weights."""
+    """All of a run but its weights, as one process would hold it: whole tensors, named after their parameters."""
     legacy = np.random.get_state()
+    rng = {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(run.lm.device) if run.lm.device.type == "cuda" else None,
+        "python": random.getstate(),
+        "numpy": (legacy[0], legacy[1].tolist(), *legacy[2:]),
+    }
+    moments = lambda p: {k: parallel.full(v) for k, v in run.optimizer.state[p].items()}
+    average = run.average.state_dict() if run.average else None
+    if average:
+        average = average | {"shadow": {n: parallel.full(t) for n, t in average["shadow"].items()}}
+    trained = {n: p for n, p in run.lm.model.named_parameters() if p.requires_grad}
     return {
         "settings": asdict(run.cfg),
         "step": run.step,
-        "cursor": run.step * run.cfg.batch,
-        "optimizer": run.optimizer.state_dict(),
-        "ema": run.average.state_dict() if run.average else None,
-        "factors": {n: p.data for n, p in run.lm.model.named_parameters() if p.requires_grad} if run.lm.adapter else {},
-        "rng": {
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "python": random.getstate(),
-            "numpy": (legacy[0], legacy[1].tolist(), *legacy[2:]),
-        },
+        "optimizer": {n: moments(p) for n, p in trained.items() if p in run.optimizer.state},
+        "ema": average,
+        "factors": {n: p.data for n, p in trained.items()} if run.lm.adapter else {},
+        "rng": run.ranks.objects(rng),
     }
 
 
@@ -153,20 +172,34 @@ def restore(run) -> None:
     out = Path(run.cfg.out)
     found = all_checkpoints(out)
     if found:
+        model = run.lm.model
         state = torch.load(found[-1] / "state.pt", map_location=run.lm.device, weights_only=True)
-        weights = state["factors"] or type(run.lm.model).from_pretrained(found[-1], dtype=torch.float32).state_dict()
-        run.lm.model.load_state_dict(weights, strict=not state["factors"])
-        run.optimizer.load_state_dict(state["optimizer"])
+        weights = state["factors"] or type(model).from_pretrained(found[-1], dtype=torch.float32).state_dict()
+        own = model.state_dict()
+        weights = {n: parallel.like(t, own[n]) for n, t in weights.items()}
+        model.load_state_dict(weights, strict=not state["factors"])
+        for n, p in model.named_parameters():
+            if n in state["optimizer"]:
+                moments = state["optimizer"][n].items()
+                run.optimizer.state[p] = {k: parallel.like(v, p) if v.shape == p.shape else v for k, v in moments}
         if run.average:
-            run.average.load_state_dict(state["ema"])
+            shadow = {n: parallel.like(t, run.average.shadow[n]) for n, t in state["ema"]["shadow"].items()}
+            run.average.load_state_dict(state["ema"] | {"shadow": shadow})
         run.step = state["step"]
-        rng = state["rng"]
-        torch.set_rng_state(rng["torch"].cpu())
-        if torch.cuda.is_available() and rng["cuda"]:
-            torch.cuda.set_rng_state_all([s.cpu() for s in rng["cuda"]])
-        random.setstate((rng["python"][0], tuple(rng["python"][1]), rng["python"][2]))
-        np.random.set_state((rng["numpy"][0], np.array(rng["numpy"][1], dtype=np.uint32), *rng["numpy"][2:]))
-    cut_log(out / "log.jsonl", run.step)
+        if len(state["rng"]) == run.ranks.size:  # else: other ranks than before have other random states (dropout)
+            set_random(state["rng"][run.ranks.rank], run.lm.device)
+    if run.ranks.rank == 0:
+        cut_log(out / "log.jsonl", run.step)
+    run.ranks.wait()
+
+
+def set_random(rng: dict, device: torch.device) -> None:
+    """Every generator back to where it was."""
+    torch.set_rng_state(rng["torch"].cpu())
+    if device.type == "cuda" and rng["cuda"] is not None:
+        torch.cuda.set_rng_state(rng["cuda"].cpu(), device)
+    random.setstate((rng["python"][0], tuple(rng["python"][1]), rng["python"][2]))
+    np.random.set_state((rng["numpy"][0], np.array(rng["numpy"][1], dtype=np.uint32), *rng["numpy"][2:]))
 
 
 def cut_log(path: Path, step: int) -> None:
@@ -190,10 +223,12 @@ def save_final(run) -> None:
     """The trained model, loadable as --model <out>; the checkpoints have served. settings.json stays: the folder is
     taken.
     """
-    out = Path(run.cfg.out)
+    out, weights = Path(run.cfg.out), whole_weights(run.lm.model)
+    if run.ranks.rank:
+        return
     new = out / ".writing-final"
     with disk("the trained model"):
-        run.lm.save(new)
+        run.lm.save(new, weights)
         for file in new.iterdir():
             os.replace(file, out / file.name)
         new.rmdir()

@@ -54,7 +54,16 @@ OFFICIAL = dict(
     data="scienceqa", steps=0, epochs=1.0, batch=64, lr=2e-5, lora_rank=64, lora_alpha=128, lora_dropout=0.05
 )
 PRESETS: dict[str, dict] = {
-    "tiny": dict(lr=1e-3, steps=240, batch=48, micro_batch=48, gamma=1.0, temperature=1.0, max_new_tokens=40),
+    "tiny": dict(
+        lr=1e-3,
+        steps=240,
+        batch=48,
+        micro_batch=48,
+        gamma=1.0,
+        temperature=1.0,
+        max_new_tokens=40,
+        max_tokens_per_pass=1024,  # on a CPU small passes are faster: they stay in its cache
+    ),
     "real": OFFICIAL | dict(lora_rank=0, lora_dropout=0.0, lr=5e-6),
     "official": OFFICIAL | dict(context_reference=False, context_kind="retrieval"),
 }
@@ -116,7 +125,8 @@ class Config(Mechanisms):
     epochs: float = opt(0.0, "passes over the training questions, where --steps is 0 (both 0 = only evaluate)")
     batch: int = opt(64, "prompts per optimizer step")
     micro_batch: int = opt(4, "sequences per forward and backward; bounds memory, never changes the result")
-    sample_batch: int = opt(64, "prompts sampled together")
+    sample_batch: int = opt(64, "prompts sampled together; need not be the micro-batch")
+    engine: str = opt("compact", "how answers are sampled, see sampling.py", ("compact", "static", "continuous"))
     lr: float = opt(2e-5, "peak learning rate, AdamW")
     warmup: float = opt(0.1, "share of the steps with a rising learning rate; then cosine to 0")
     weight_decay: float = opt(0.0, "AdamW weight decay")
@@ -125,6 +135,7 @@ class Config(Mechanisms):
     lora_alpha: int = opt(128, "LoRA scale is alpha / rank")
     lora_dropout: float = opt(0.0, "dropout before the LoRA factors")
     grad_checkpointing: bool = opt(False, "recompute activations in the backward: less memory, about a third more time")
+    shard: bool = opt(False, "divide weights, optimizer and EMA among the processes of torchrun (FSDP2)")
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = opt("auto", "matmul precision; weights and optimizer stay fp32", ("auto", "fp32", "bf16"))
     # --- data
@@ -207,8 +218,8 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-AT_LEAST_ONE = "batch micro_batch sample_batch max_new_tokens chunk top_k max_tokens_per_pass ema_every demos".split()
-SHARES = "on_policy wrong_references clip_quantile warmup lora_dropout".split()
+AT_LEAST_ONE = "batch micro_batch sample_batch max_new_tokens top_k max_tokens_per_pass ema_every demos".split()
+SHARES = "agreement_budget on_policy wrong_references clip_quantile warmup lora_dropout".split()
 ABOVE_ZERO = "temperature distill_temperature agreement_temperature".split()
 
 
@@ -262,6 +273,10 @@ def contradictions(cfg: Config) -> list[tuple[bool, str]]:
             "set --contexts 2 or more, or --agreement none",
         ),
         (
+            bool(cfg.shard and cfg.lora_rank),
+            "--shard divides what is trained, and LoRA trains little: leave out one of --shard and --lora-rank",
+        ),
+        (
             cfg.teacher == "ema" and not 0 < cfg.ema_decay < 1,
             f"--ema-decay {cfg.ema_decay}: 1 never moves and 0 is the student itself; "
             "use a value between, or --teacher frozen or live",
@@ -290,8 +305,8 @@ def without_effect(cfg: Config) -> list[tuple[bool, str]]:
             "--teacher ema has no effect: nothing in this recipe asks a teacher",
         ),
         (
-            cfg.agreement != "none" and cfg.gamma == 0,
-            "--agreement has no effect: --gamma is 0, so every weight is 1 and no context is read",
+            cfg.agreement != "none" and 0 in (cfg.gamma, cfg.agreement_budget),
+            "--agreement has no effect: --gamma or --agreement-budget is 0, so every weight is 1 and no context is read",
         ),
         (
             cfg.estimator == "sampled"

@@ -165,7 +165,7 @@ def prepare(lm: Loaded, task: Task, cfg, out: Path) -> dict:
         made["demos"] = [similar_demos(task.train, vectors, i, cfg.contexts, cfg.demos) for i in n]
     if cfg.w_contrast and cfg.negatives == "model":
         made["negatives"] = model_negatives(lm, task, cfg)
-    if made["demos"] or made["instructions"] or made["negatives"]:
+    if lm.ranks.rank == 0 and (made["demos"] or made["instructions"] or made["negatives"]):
         new = cache.with_name("contexts.json.new")
         new.write_text(json.dumps(made))
         new.replace(cache)

@@ -54,15 +54,28 @@ class EMA:
 
         Nothing is copied in fp32: parameters only borrow the shadow's memory. So: read inside, never train inside, and
         leave before the student's forward pass - a live autograd graph would be walked back through the wrong weights.
+        A sharded parameter (FSDP) cannot borrow, because its owner keeps the memory: there the values change places.
         """
-        mine = {n: p.data for n, p in self._tracked(model)}
+        mine = {}
         try:
             for n, p in self._tracked(model):
-                p.data = self.shadow[n].to(p.dtype)
+                mine[n] = p.detach().clone() if hasattr(p, "to_local") else p.data
+                self._put(p, self.shadow[n])
+            torch.clear_autocast_cache()  # it remembers bf16 casts by parameter, not by what the parameter holds
             yield model
         finally:
             for n, p in self._tracked(model):
-                p.data = mine[n]
+                if n in mine:
+                    self._put(p, mine[n])
+            torch.clear_autocast_cache()
+
+    @staticmethod
+    @torch.no_grad()
+    def _put(p: nn.Parameter, values: torch.Tensor) -> None:
+        if hasattr(p, "to_local"):
+            p.copy_(values)
+        else:
+            p.data = values.to(p.dtype)
 
     def _tracked(self, model: nn.Module):
         return ((n, p) for n, p in model.named_parameters() if n in self.shadow)

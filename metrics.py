@@ -26,6 +26,7 @@ from torch import Tensor
 
 import losses
 from data import Example, Task, fit_prompt, teacher_message
+from parallel import whole_layers
 from reading import chunks, head_of, passes, read, sampled_logps
 from rollout import Loaded, decode, generate, right_pad, turn_end
 
@@ -100,7 +101,10 @@ def answers(lm: Loaded, prompts: list[list[int]], limit: int, cache: Path | None
     T).
     """
     if cache is None:
-        return generate(lm, prompts, limit, temperature=0.0)
+        few = len(prompts) < lm.ranks.size  # then each process answers all
+        with whole_layers(lm.model):
+            ids, mask = generate(lm, prompts if few else prompts[lm.ranks.share(len(prompts))], limit, temperature=0.0)
+        return (ids, mask) if few else (lm.ranks.gather(ids), lm.ranks.gather(mask))
     key = hashlib.sha256(repr((fingerprint(lm), prompts, limit, 0.0, lm.eos, lm.vocab)).encode()).hexdigest()[:24]
     file = cache / f"{key}.pt"
     if file.exists():

@@ -117,12 +117,71 @@ def chunks(n: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
+@dataclass
+class Reading:
+    """One set of prompts under which answers are read, and what is kept of each token: its state, or its log-probability."""
+
+    prompts: list[list[int]]  # B prompts
+    keep: Callable[[Tensor, Tensor], Tensor]  # states (n, H), ids (n,) -> (n,) or (n, H)
+    rows: list[int]  # which of the B sequences
+
+
 @torch.no_grad()
+def score(
+    model: nn.Module, readings: list[Reading], ids: Tensor, mask: Tensor, budget: int, tally: dict | None = None
+) -> list[Tensor]:
+    """Read the same answers under several sets of prompts, in as few passes as the budget allows, whatever their number.
+    -> per reading (B, T) or (B, T, H), 0 where masked.
+
+    Rows of all readings share passes, sorted by length: little is padding. tally, if given, counts "read" tokens and
+    "padded" ones.
+    """
+    counts, mask = mask.sum(1).tolist(), mask.bool()
+    rows = [(r, i) for r in range(len(readings)) for i in readings[r].rows]  # reading, sequence
+    lengths = [len(readings[r].prompts[i]) + counts[i] for r, i in rows]
+    out: list = [None] * len(readings)
+    for some in passes(lengths, budget):
+        group = sorted(rows[j] for j in some)  # the rows of one reading side by side
+        of = [i for _, i in group]
+        states = read(model, [readings[r].prompts[i] for r, i in group], ids[of], mask[of])
+        for r in sorted({r for r, _ in group}):
+            mine = [i for s, i in group if s == r]
+            n = sum(counts[i] for i in mine)
+            here, states = states[:n], states[n:]
+            kept = readings[r].keep(here, ids[mine][mask[mine]])
+            if out[r] is None:
+                out[r] = kept.new_zeros(*mask.shape, *kept.shape[1:])
+            place = torch.zeros_like(mask)
+            place[mine] = mask[mine]
+            # `mine` is in ascending order, so the flat order of `place` is the order of `kept`.
+            out[r][place] = kept
+        if tally is not None:
+            tally["read"] = tally.get("read", 0) + sum(lengths[j] for j in some)
+            tally["padded"] = tally.get("padded", 0) + max(lengths[j] for j in some) * len(some)
+    wide = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    return [torch.zeros(mask.shape, dtype=wide, device=ids.device) if o is None else o for o in out]  # None: no rows
+
+
+def tokens_per_chunk(chunk: int, vocab: int) -> int:
+    """How many tokens go through the head together; 0 = as many as make about 8 million logits (32 MB in fp32)."""
+    return chunk or max(16, 8_388_608 // vocab)
+
+
+@torch.no_grad()
+def each_token(
+    hidden: Tensor, head: Head, temperature: float, chunk: int, what: Callable[[Tensor, slice], Tensor]
+) -> Tensor:
+    """what(log-probs (n, V), slice of the N tokens) -> (n,), for all tokens, a chunk at a time, without gradient. (N, H)
+    -> (N,).
+    """
+    head = head.ready(hidden)
+    one = lambda s: what(head.logps(head.logits(hidden[s]), temperature), s)
+    return torch.cat([one(s) for s in chunks(len(hidden), tokens_per_chunk(chunk, head.vocab))])
+
+
 def sampled_logps(hidden: Tensor, ids: Tensor, head: Head, temperature: float, chunk: int) -> Tensor:
     """log p(y_t) of given tokens. (N, H), (N,) -> (N,). All that agreement and the contrast's negative ever need."""
-    head = head.ready(hidden)
-    one = lambda s: token_logps(head.logps(head.logits(hidden[s]), temperature), ids[s])
-    return torch.cat([one(s) for s in chunks(len(hidden), chunk)])
+    return each_token(hidden, head, temperature, chunk, lambda logps, s: token_logps(logps, ids[s]))
 
 
 def through_head(
@@ -155,7 +214,7 @@ class _ThroughHead(torch.autograd.Function):
         grad_b = torch.zeros_like(bias) if need_b else None
         total, kept = 0.0, []
         with torch.autocast(hidden.device.type, enabled=False):
-            for s in chunks(len(hidden), chunk):
+            for s in chunks(len(hidden), tokens_per_chunk(chunk, head.vocab)):
                 h = hidden[s].to(w.dtype)
                 logits = ready.logits(h).requires_grad_(need_h or need_w or need_b)
                 with torch.enable_grad():

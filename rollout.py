@@ -9,9 +9,9 @@ cache); what is ours is the part that is easy to get wrong:
   does not call eos).
   - a hub model's own sampling defaults (top-p, repetition penalty) are switched off: they would make the samples
   off-policy.
-  - padded vocabulary is never sampled.
+How a batch is continued and a token drawn is in sampling.py.
 
-Depends on torch and transformers.   Try it:  python -m pytest tests/test_rollout.py -q
+Depends on torch, transformers, sampling.py, parallel.py.   Try it:  python -m pytest tests/test_rollout.py -q
 Shapes: B prompts, T new tokens.
 """
 
@@ -24,7 +24,10 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from parallel import ALONE, Alone
+from sampling import ENGINES, Draw, answering
 
 transformers.utils.logging.disable_progress_bar()  # loading half a second of weights needs no bar
 
@@ -79,7 +82,9 @@ class Loaded:
     adapter: nn.Module | None = None  # peft's wrapper around `model` where LoRA factors are trained
     dtype: str = "fp32"  # matmul precision, "fp32" or "bf16"; the weights themselves stay what they are
     sample_batch: int = 256  # prompts answered together
+    engine: str = "compact"  # how: sampling.ENGINES
     hashed: tuple = ()  # metrics.fingerprint's memory
+    ranks: Alone = ALONE  # the processes that share the answering
 
     def autocast(self):
         """bf16 matmuls on fp32 weights, where chosen; nothing otherwise. Leave it before weights are swapped: it caches
@@ -134,9 +139,9 @@ class Loaded:
         with self.adapter.disable_adapter():
             yield model
 
-    def save(self, folder) -> None:
-        """The model, or its adapter, and the tokenizer, as a Hugging Face folder."""
-        (self.adapter or self.model).save_pretrained(folder)
+    def save(self, folder, weights: dict | None = None) -> None:
+        """The model, or its adapter, and the tokenizer, as a Hugging Face folder; `weights` where its own are sharded."""
+        (self.adapter or self.model).save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
 
     @property
@@ -175,12 +180,20 @@ def right_pad(rows: list[list[int]], device, fill: int = 0) -> tuple[Tensor, Ten
 
 
 def generate(
-    lm: Loaded, prompts: list[list[int]], max_new_tokens: int, temperature: float, batch_size: int = 0
+    lm: Loaded,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float,
+    noise: Tensor | None = None,
+    tally: dict | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample (temperature > 0) or decode greedily (0). -> ids, mask (B, T), T the longest answer; ids after the end are
     the pad id.
 
-    Rows are answered in batches of similar prompt length; the order of the results is that of `prompts`.
+    noise (B, max_new_tokens), uniform in [0, 1): the randomness; None takes it from torch's generator. With the same
+    noise a prompt gets the same answer in whatever company. Rows are answered in batches of similar prompt length; the
+    order of the results is that of `prompts`. tally, if given, counts "written" tokens and "decoded" positions: what
+    the second has more went into rows that had already ended.
     Raises ValueError if a prompt and its answer do not fit the model's context.
     """
     longest = max(map(len, prompts))
@@ -189,66 +202,34 @@ def generate(
             f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the model's context of {lm.context}: "
             "lower --max-new-tokens, or shorten the prompts with --max-prompt-tokens"
         )
+    if temperature > 0 and noise is None:
+        noise = torch.rand(len(prompts), max_new_tokens)
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.eos[0]
-    how = (
-        dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature > 0 else dict(do_sample=False)
-    )
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=lm.eos, pad_token_id=pad, use_cache=True, **how
-    )
+    # Not do_sample: the token is drawn in sampling.Draw.
+    how = dict(eos_token_id=lm.eos, pad_token_id=pad, do_sample=False, return_dict_in_generate=True)
+    config = GenerationConfig(max_new_tokens=max_new_tokens, use_cache=True, **how)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     rows: dict[int, Tensor] = {}
-    size = batch_size or lm.sample_batch
+    decoded = 0
     with torch.no_grad(), lm.autocast(), answering(lm.model, config):
-        for start in range(0, len(order), size):
-            batch = order[start : start + size]
+        for start in range(0, len(order), lm.sample_batch):
+            batch = order[start : start + lm.sample_batch]
             ids, mask = left_pad([prompts[i] for i in batch], lm.device)
-            out = lm.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=config,
-                logits_processor=LogitsProcessorList([OnlyReal(lm.vocab)]),
-            )
-            rows.update(zip(batch, out[:, ids.shape[1] :], strict=True))
-    width = max(len(r) for r in rows.values())
-    ids = torch.full((len(prompts), width), pad, device=lm.device)
-    for i, r in rows.items():
-        ids[i, : len(r)] = r
+            drawn = noise[batch].to(lm.device) if temperature > 0 else None
+            draw = Draw(lm.vocab, ids.shape[1], temperature, drawn)
+            written, computed = ENGINES[lm.engine](lm.model, ids, mask, config, draw)
+            rows.update(zip(batch, written, strict=True))
+            decoded += computed
+    ids, _ = right_pad([rows[i].tolist() for i in range(len(prompts))], lm.device, fill=pad)
     mask = completion_mask(ids, lm.eos)
-    # A batch that ended early leaves pad ids in rows cut by max_new_tokens too; only tokens that were generated may
-    # count.
-    written = torch.tensor([len(rows[i]) for i in range(len(prompts))], device=lm.device)
-    return ids, mask * (torch.arange(width, device=lm.device) < written.unsqueeze(1))
-
-
-class OnlyReal(LogitsProcessor):
-    """Padded vocabulary (Qwen2.5's table is larger than its tokenizer) is masked to -inf."""
-
-    def __init__(self, vocab: int):
-        self.vocab = vocab
-
-    def __call__(self, input_ids, scores):
-        if scores.shape[-1] > self.vocab:
-            scores[:, self.vocab :] = -torch.inf
-        return scores
-
-
-@contextmanager
-def answering(model: nn.Module, config: GenerationConfig):
-    """Evaluation mode (no dropout, no gradient checkpointing, which would forbid the KV cache), and no sampling
-    defaults of the hub's.
-
-    The model's own generation config is set aside, not only overridden: `generate` fills what a given config leaves at
-    its default from the model's, so Qwen's top_p and repetition penalty would come back in.
-    """
-    was_training, own = model.training, model.generation_config
-    model.eval()
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = own
-        model.train(was_training)
+    # Padding may look like an end, and an answer that was cut has none: only tokens that were generated may count.
+    lengths = torch.tensor([len(rows[i]) for i in range(len(prompts))], device=lm.device)
+    mask = mask * (torch.arange(ids.shape[1], device=lm.device) < lengths.unsqueeze(1))
+    if tally is not None:
+        tally["written"] = tally.get("written", 0) + int(mask.sum())
+        tally["decoded"] = tally.get("decoded", 0) + decoded
+    width = int(mask.sum(1).max())
+    return ids[:, :width], mask[:, :width]
 
 
 def decode(lm: Loaded, ids: Tensor, mask: Tensor) -> list[str]:

@@ -34,6 +34,29 @@ SETTINGS: dict[str, list[str]] = {  # what the world is like -> flags of train.p
     "small": ["--train-size", "200"],
     "hot": ["--temperature", "1.5"],
 }
+STAR = ["--recipe", "unisd-star"]
+ROWS: dict[str, list[str]] = {r: ["--recipe", r] for r in RECIPES if r != "privileged"} | {
+    # UniSD* without one of its parts, and with one more
+    "star-no-ema": [*STAR, "--teacher", "frozen"],
+    "star-no-agreement": [*STAR, "--agreement", "none"],
+    "star-no-contrast": [*STAR, "--w-contrast", "0"],
+    "star-no-match": [*STAR, "--w-match", "0"],
+    "star-clip": [*STAR, "--clip", "10"],
+    # as the official code computes it: sequence weights cancel, the EMA teacher stays where it is
+    "official-agree-seq": ["--recipe", "agree-seq", "--normalizer", "sequence"],
+    "official-star": [*STAR, "--teacher", "frozen", "--normalizer", "sequence"],
+    # contexts for the least certain share of the sequences only; 0 is star-no-agreement, 1 is unisd-star
+    "budget-10": [*STAR, "--agreement-budget", "0.1"],
+    "budget-25": [*STAR, "--agreement-budget", "0.25"],
+    "budget-50": [*STAR, "--agreement-budget", "0.5"],
+    "budget-25-divergence": [*STAR, "--agreement-budget", "0.25", "--uncertainty", "divergence"],
+    "budget-25-random": [*STAR, "--agreement-budget", "0.25", "--uncertainty", "random"],
+    # how many contexts, how strong
+    "agree-token-k2": ["--recipe", "agree-token", "--contexts", "2"],
+    "agree-token-k5": ["--recipe", "agree-token", "--contexts", "5"],
+    "agree-token-gamma0.1": ["--recipe", "agree-token", "--gamma", "0.1"],
+    "agree-token-gamma10": ["--recipe", "agree-token", "--gamma", "10"],
+}
 QUICK = ["sft", "ssd", "sd", "ema", "unisd-star"]
 # Two-sided 95 % quantiles of Student's t for 1 ... 9 degrees of freedom: with few seeds the normal 1.96 would be far
 # too sure.
@@ -55,8 +78,8 @@ def run(cell: Cell, out: Path, extra: list[str]) -> str:
     folder = cell.folder(out)
     if (folder / "summary.json").exists():
         return ""
-    command = [sys.executable, "train.py", "--recipe", cell.recipe, "--seed", str(cell.seed), "--out", str(folder)]
-    command += [*SETTINGS[cell.setting], "--sample-every", "0", *extra]
+    command = [sys.executable, "train.py", *ROWS[cell.recipe], "--seed", str(cell.seed), "--out", str(folder)]
+    command += [*SETTINGS[cell.setting], "--sample-every", "0", "--teacher-every", "60", *extra]
     if (folder / "settings.json").exists():
         command.append("--resume")
     env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -160,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="study.py", description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="rows of the table")
+    parser.add_argument("--recipes", nargs="+", choices=ROWS, default=list(ROWS), help="rows of the table")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["clean"], help="what the world is like")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 ... N-1")
     parser.add_argument("--out", default="results", help="where the table and the runs go")

@@ -14,11 +14,12 @@ split into micro-batches.
 Not like the official code: the sampling temperature does not rescale the loss, each mechanism composes with every
 other, and what is off is not computed. How tokens become log-probabilities without a tensor of B*T*V is in reading.py.
 
-Depends on torch, losses.py, agreement.py, reading.py.   Try it:  python -m pytest tests/test_unisd.py -q
+Depends on torch, losses.py, agreement.py, reading.py, parallel.py.   Try it:  python -m pytest tests/test_unisd.py -q
 Shapes: B sequences, T completion tokens, V vocabulary, H hidden size, K contexts; N = unmasked tokens, all sequences
 end to end.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -28,7 +29,8 @@ from torch import Tensor, nn
 
 import agreement
 import losses
-from reading import Head, chunks, head_of, passes, read, sampled_logps, through_head
+from parallel import ALONE, Alone, whole_layers
+from reading import Head, Reading, chunks, each_token, head_of, sampled_logps, score, through_head, tokens_per_chunk
 
 
 def opt(default, help: str, choices: tuple = ()):
@@ -73,14 +75,26 @@ class Mechanisms:
         1.0, "divides both models' logits inside the divergence, the contrast and the cross-entropy"
     )
     agreement_temperature: float = opt(1.0, "divides the teacher's logits when the K contexts are compared")
-    chunk: int = opt(64, "tokens per application of the vocabulary head; bounds memory, never changes the result")
+    agreement_budget: float = opt(
+        1.0, "score the contexts for this share of the sequences only, the least certain; the others keep weight 1"
+    )
+    uncertainty: str = opt(
+        "entropy",
+        "what makes a sequence uncertain: the teacher's entropy; its divergence from the student (one more student pass); "
+        "random, the control",
+        ("entropy", "divergence", "random"),
+    )
+    log_entropy: bool = opt(True, "log the student's entropy; nothing is minimised by it")
+    chunk: int = opt(
+        0, "tokens per application of the vocabulary head; bounds memory, never changes the result (0 = by vocabulary)"
+    )
     max_tokens_per_pass: int = opt(
-        16384, "token budget (rows x longest row) of one teacher pass; bounds memory, never changes the result"
+        16384, "token budget (rows x longest row) of one scoring pass; bounds memory, never changes the result"
     )
 
     @property
     def uses_agreement(self) -> bool:
-        return self.agreement != "none" and self.gamma != 0 and self.w_div != 0
+        return self.agreement != "none" and bool(self.gamma and self.w_div and self.agreement_budget)
 
     @property
     def uses_teacher(self) -> bool:
@@ -101,37 +115,17 @@ class Batch:
     mask: Tensor  # (B, T) 1 up to and including the first end-of-text token
 
 
-@torch.no_grad()
-def score(
-    model: nn.Module, prompts: list[list[int]], batch: Batch, budget: int, finish: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
-    """Read the batch's answers under other prompts, in as few passes as the budget allows. -> (B, T) or (B, T, H), 0
-    where masked.
-
-    finish(states (n, H), ids (n,)) says what is kept of each token: its state, or its log-probability.
-    """
-    out, counts = None, batch.mask.sum(1).tolist()
-    for rows in passes([len(p) + n for p, n in zip(prompts, counts, strict=True)], budget):
-        ids, mask = batch.ids[rows], batch.mask[rows]
-        kept = finish(read(model, [prompts[i] for i in rows], ids, mask), ids[mask.bool()])
-        if out is None:
-            out = kept.new_zeros(*batch.mask.shape, *kept.shape[1:])
-        for i, values in zip(rows, kept.split([counts[i] for i in rows]), strict=True):
-            out[i, : counts[i]] = values
-    return out
-
-
 @dataclass
 class Targets:
     """All that the teachers say about a step's answers, without gradient; computed once, before the student is touched."""
 
     batch: Batch
-    hidden: Tensor | None  # (B, T, H) states of the teacher who saw the reference
-    head: Head | None  # that teacher's own head: an EMA teacher's differs from the student's
-    negative: Tensor | None  # (B, T) log-prob of y_t under the teacher who saw a wrong reference
     weights: Tensor  # (B, T) reliability w in (0, 1]
-    c: Tensor  # (B, T) coefficient of the divergence
-    a: Tensor  # (B, T) coefficient of everything else
+    hidden: Tensor | None = None  # (B, T, H) states of the teacher who saw the reference
+    head: Head | None = None  # that teacher's own head: an EMA teacher's differs from the student's
+    negative: Tensor | None = None  # (B, T) log-prob of y_t under the teacher who saw a wrong reference
+    c: Tensor | None = None  # (B, T) coefficient of the divergence
+    a: Tensor | None = None  # (B, T) coefficient of everything else
     ceiling: float | Tensor | None = None  # where the divergence is clipped
 
     def rows(self, b: slice) -> dict[str, Tensor | None]:
@@ -149,40 +143,90 @@ class Targets:
 
 @torch.no_grad()
 def score_teachers(
-    model: nn.Module, teacher: Callable[[], AbstractContextManager], batch: Batch, vocab: int, m: Mechanisms
+    model: nn.Module,
+    teacher: Callable[[], AbstractContextManager],
+    batch: Batch,
+    vocab: int,
+    m: Mechanisms,
+    ranks: Alone = ALONE,
+    tally: dict | None = None,
 ) -> Targets:
     """Let the teacher read the student's answers. `with teacher():` turns `model` into the teacher (frozen, EMA, or
     itself).
 
-    Runs *before* the student's own pass: applying the teacher swaps the student's weights in place.
+    Runs *before* the student's own pass: applying the teacher swaps the student's weights in place. `ranks` are the
+    processes that share the step: what is a property of the whole step (quantile, denominator) is taken over all of them.
     Raises ValueError if every token is masked, or for K = 1 with variance.
     """
-    hidden = negative = head = None
     wide = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-    weights = torch.ones(batch.mask.shape, dtype=wide, device=batch.mask.device)
+    everyone = list(range(len(batch.mask)))
+    t = Targets(batch, weights=torch.ones(batch.mask.shape, dtype=wide, device=batch.mask.device))
+    t.ceiling = m.clip if m.clip and m.w_div else None
+    logp = lambda tau: lambda h, ids: sampled_logps(h, ids, t.head, tau, m.chunk)
     if m.uses_teacher:
+        # One stream of passes where all of it is wanted; otherwise the contexts wait for what the first pass says.
+        at_once = m.uses_agreement and m.agreement_budget >= 1
+        readings = [Reading(batch.teacher, lambda h, ids: h, everyone)]
+        if m.w_contrast:
+            readings.append(Reading(batch.negative, logp(m.distill_temperature), everyone))
+        contexts = lambda rows: [Reading(c, logp(m.agreement_temperature), rows) for c in batch.contexts]
         with teacher():
             # Detached, the head keeps pointing at the teacher's weights after the student's are back in the model.
-            head = head_of(model, vocab).detach()
-            logp = lambda tau: lambda h, ids: sampled_logps(h, ids, head, tau, m.chunk)
-            hidden = score(model, batch.teacher, batch, m.max_tokens_per_pass, lambda h, ids: h)
-            if m.w_contrast:
-                negative = score(model, batch.negative, batch, m.max_tokens_per_pass, logp(m.distill_temperature))
-            if m.uses_agreement:
-                readings = [
-                    score(model, c, batch, m.max_tokens_per_pass, logp(m.agreement_temperature)) for c in batch.contexts
-                ]
-                weights = reliability(torch.stack(readings), batch.mask, m)
-    c = agreement.coefficients(batch.mask, weights, m.normalizer)
-    a = agreement.coefficients(batch.mask, torch.ones_like(weights), m.normalizer)
-    return Targets(batch, hidden, head, negative, weights, c, a, m.clip if m.clip and m.w_div else None)
+            t.head = head_of(model, vocab).detach()
+            scores = score(
+                model,
+                readings + (contexts(everyone) if at_once else []),
+                batch.ids,
+                batch.mask,
+                m.max_tokens_per_pass,
+                tally,
+            )
+        t.hidden = scores[0]
+        t.negative = scores[1] if m.w_contrast else None
+        if at_once:
+            t.weights = reliability(torch.stack(scores[len(readings) :]), batch.mask, m, ranks)
+        elif m.uses_agreement:
+            some = least_certain(model, t, vocab, m, ranks)
+            with teacher():
+                scores = score(model, contexts(some), batch.ids, batch.mask, m.max_tokens_per_pass, tally)
+            scored = torch.zeros_like(batch.mask)
+            scored[some] = batch.mask[some]
+            t.weights = reliability(torch.stack(scores), scored, m, ranks)
+    mask, ones = ranks.gather(batch.mask), ranks.gather(torch.ones_like(t.weights))
+    t.c = ranks.mine(agreement.coefficients(mask, ranks.gather(t.weights), m.normalizer), batch.mask)
+    t.a = ranks.mine(agreement.coefficients(mask, ones, m.normalizer), batch.mask)
+    return t
 
 
-def reliability(readings: Tensor, mask: Tensor, m: Mechanisms) -> Tensor:
-    """Eq. 2: K readings of the sampled tokens' log-probs -> weights. (K, B, T), (B, T) -> (B, T)."""
+def least_certain(model: nn.Module, t: Targets, vocab: int, m: Mechanisms, ranks: Alone = ALONE) -> list[int]:
+    """The sequences whose contexts are worth their passes: the most uncertain share `agreement_budget` of the whole step,
+    rounded up. -> row numbers, ascending.
+
+    Uncertainty of a sequence: the mean over its tokens of the teacher's entropy, or of the divergence from the student.
+    """
+    mask = t.batch.mask
+    if m.uncertainty == "random":
+        seed = torch.Generator().manual_seed(int(t.batch.ids.sum()))  # the step's own answers: the same at every resume
+        each = torch.rand(len(mask), generator=seed).to(mask.device)
+    else:
+        flat = (
+            each_token(t.hidden[mask.bool()], t.head, m.distill_temperature, m.chunk, lambda p, s: losses.entropy(p))
+            if m.uncertainty == "entropy"
+            else divergence_now(model, t, vocab, m)[mask.bool()]
+        )
+        each = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask.bool(), flat.float())
+        each = each.sum(1) / mask.sum(1).clamp(min=1)
+    everyone = ranks.gather(each)
+    chosen = torch.zeros_like(everyone)
+    chosen[everyone.topk(math.ceil(m.agreement_budget * len(everyone))).indices] = 1
+    return ranks.mine(chosen, each).nonzero().squeeze(1).tolist()
+
+
+def reliability(readings: Tensor, mask: Tensor, m: Mechanisms, ranks: Alone = ALONE) -> Tensor:
+    """Eq. 2: K readings of the sampled tokens' log-probs -> weights, 1 where masked. (K, B, T), (B, T) -> (B, T)."""
     delta = agreement.disagreement(readings, mask, m.agreement, m.stat)
     if m.agreement == "token":
-        return agreement.token_weights(delta, mask, m.gamma)
+        return ranks.mine(agreement.token_weights(ranks.gather(delta), ranks.gather(mask), m.gamma), mask)
     return agreement.sequence_weights(delta, m.gamma).unsqueeze(1).expand_as(mask)
 
 
@@ -231,7 +275,8 @@ def unisd_loss(
         if m.w_nll:
             total = total - m.w_nll * (t["a"][s] * chosen).sum()
         out["nll"] = -chosen
-        out["entropy"] = losses.entropy(logps.detach())
+        if m.log_entropy:
+            out["entropy"] = losses.entropy(logps.detach())
         return total, {k: v.detach() for k, v in out.items()}
 
     loss, values = student.new_zeros((), dtype=torch.promote_types(student.dtype, torch.float32)), {}
@@ -244,13 +289,21 @@ def unisd_loss(
 
 
 @torch.no_grad()
-def divergence_now(model: nn.Module, t: Targets, vocab: int, m: Mechanisms, micro_batch: int) -> Tensor:
-    """Every token's divergence before the update, for a ceiling at its quantile: the one mechanism that needs the whole
-    step first. -> (B, T).
+def divergence_now(model: nn.Module, t: Targets, vocab: int, m: Mechanisms, tally: dict | None = None) -> Tensor:
+    """Every token's divergence before the update, for a ceiling at its quantile and for `uncertainty`: one more pass of
+    the student. -> (B, T).
     """
-    out = torch.zeros(t.batch.mask.shape, device=t.batch.mask.device)
-    for rows in chunks(len(out), micro_batch):
-        states = read(model, t.batch.student[rows], t.batch.ids[rows], t.batch.mask[rows])
-        _, each = unisd_loss(states, head_of(model, vocab), t.rows(rows), t.head, m)
-        out[rows][t.batch.mask[rows].bool()] = each["div"].to(out.dtype)
-    return out
+    mask, everyone = t.batch.mask.bool(), list(range(len(t.batch.mask)))
+    student = [Reading(t.batch.student, lambda h, ids: h, everyone)]
+    with whole_layers(model):
+        (states,) = score(model, student, t.batch.ids, t.batch.mask, m.max_tokens_per_pass, tally)
+    head, speaker = head_of(model, vocab).ready(states), t.head.ready(states)
+    states, hidden, ids = states[mask], t.hidden[mask], t.batch.ids[mask]
+    each = lambda s: divergence(
+        head.logps(head.logits(states[s]), m.distill_temperature),
+        speaker.logps(speaker.logits(hidden[s]), m.distill_temperature),
+        ids[s],
+        m,
+    )
+    flat = torch.cat([each(s) for s in chunks(len(ids), tokens_per_chunk(m.chunk, vocab))])
+    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)

@@ -44,7 +44,14 @@ class Watch:
         self.run, self.stop = run, False
         families = list(dict.fromkeys(e.task for e in run.task.test))
         self.held_out = [e for f in families for e in [x for x in run.task.test if x.task == f][:small]]
-        self.bar = tqdm(total=run.cfg.steps, initial=run.step, desc=run.cfg.recipe, unit="step", dynamic_ncols=True)
+        self.bar = tqdm(
+            total=run.cfg.steps,
+            initial=run.step,
+            desc=run.cfg.recipe,
+            unit="step",
+            dynamic_ncols=True,
+            disable=bool(run.ranks.rank),
+        )
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -147,10 +154,11 @@ def after_training(run, out: Path, before: dict, begun: float) -> dict:
         ood = metrics.measure(lm, task, task.ood, False, cfg.max_new_tokens) if task.ood else {}
         run.optimizer = run.average = run.frozen = None  # their memory is needed for the base beside the trained model
         base = load(cfg.model, lm.device)
-        base.dtype, base.sample_batch = lm.dtype, lm.sample_batch
+        base.dtype, base.sample_batch, base.engine, base.ranks = lm.dtype, lm.sample_batch, lm.engine, lm.ranks
         moved = metrics.drift(lm, base, task, task.test, limit=cfg.max_new_tokens)
     checkpoint.save_final(run)
-    curves(out / "log.jsonl", out / "curves.png", f"{cfg.recipe}, {Path(lm.name).name}, seed {cfg.seed}")
+    if not run.ranks.rank:
+        curves(out / "log.jsonl", out / "curves.png", f"{cfg.recipe}, {Path(lm.name).name}, seed {cfg.seed}")
     pick = lambda m: {k: m[k] for k in ("accuracy", "by_task", "interval", "length", "eos") if k in m}
     summary = {
         "model": lm.name,
@@ -165,7 +173,8 @@ def after_training(run, out: Path, before: dict, begun: float) -> dict:
         "data": task.fingerprint(),
     }
     checkpoint.write_json(out / "summary.json", summary)
-    checkpoint.clear(out)
+    if not run.ranks.rank:
+        checkpoint.clear(out)
     columns = {"before": before["alone"], "after": alone, "ceiling (base with reference)": before["ceiling"]}
     print("\n" + metrics.table(columns))
     if ood:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_batch_size_and_neighbours_do_not_matter(tiny):
     for i, p in enumerate(prompts):
         alone, ma = generate(tiny, [p], 40, 0.0)
         assert alone[0][ma[0].bool()].tolist() == together[i][m[i].bool()].tolist()
-    one_by_one, m1 = generate(tiny, prompts, 40, 0.0, batch_size=1)
+    one_by_one, m1 = generate(replace(tiny, sample_batch=1), prompts, 40, 0.0)
     assert decode(tiny, one_by_one, m1) == decode(tiny, together, m)
 
 

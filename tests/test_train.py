@@ -91,7 +91,7 @@ def test_every_recipe_sees_the_same_examples_in_the_same_order():
 def test_references_as_completions_end_like_a_turn(tmp_path):
     run = train.start(make("sft", out=str(tmp_path), **FAST), tmp_path)
     p = [run.prompts[i] for i in range(4)]
-    ids, mask = train.write_answers(run, [x["student"] for x in p], [0, 1, 2, 3])
+    ids, mask = train.write_answers(run, p, [0, 1, 2, 3], {})
     for i in range(4):
         text = run.lm.tokenizer.decode(ids[i][mask[i].bool()])
         assert text == run.task.train[i].target + "<|im_end|>"
@@ -99,7 +99,7 @@ def test_references_as_completions_end_like_a_turn(tmp_path):
 
 def test_a_cut_reference_gets_no_end(tmp_path):
     run = train.start(make("sft", out=str(tmp_path), **(FAST | dict(max_new_tokens=3))), tmp_path)
-    ids, mask = train.write_answers(run, [], [0, 1, 2, 3])
+    ids, mask = train.write_answers(run, [run.prompts[i] for i in range(4)], [0, 1, 2, 3], {})
     for i, row in enumerate(ids):
         whole = run.lm.tokenizer(run.task.train[i].target)["input_ids"]
         assert (row[mask[i].bool()][-1] in run.lm.eos) == (len(whole) < 3)

@@ -259,7 +259,7 @@ def test_clip_removes_the_gradient_of_the_tokens_above_it(model):
 def test_divergence_now_is_what_the_loss_sees(model):
     batch, m = batch_of(), Mechanisms(chunk=3)
     t = score_teachers(model, nullcontext, batch, VOCAB, m)
-    now = divergence_now(model, t, VOCAB, m, micro_batch=2)
+    now = divergence_now(model, t, VOCAB, m)
     _, each = unisd_loss(
         read(model, batch.student, batch.ids, batch.mask), head_of(model, VOCAB), t.rows(slice(None)), t.head, m
     )
@@ -299,10 +299,10 @@ PASSES = {  # recipe settings -> how often the model is read in one step of one 
 @pytest.mark.parametrize("name", PASSES)
 def test_what_is_off_costs_no_pass(model, name):
     m, expected = PASSES[name]
-    count = []
-    model.model.register_forward_hook(lambda *_: count.append(1))
-    whole_step(model, batch_of(), m)
-    assert len(count) == expected
+    rows, batch = [], batch_of()
+    model.model.register_forward_hook(lambda _, args, kwargs, out: rows.append(len(out[0])), with_kwargs=True)
+    whole_step(model, batch, m)
+    assert sum(rows) == expected * len(batch.ids)  # several readings may share a pass
 
 
 class Largest(TorchDispatchMode):
@@ -379,7 +379,7 @@ def test_no_gradient_is_computed_where_none_is_wanted(model, monkeypatch):
     batch, m = batch_of(), Mechanisms()
     t = score_teachers(model, nullcontext, batch, VOCAB, m)
     monkeypatch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("a gradient was taken"))
-    divergence_now(model, t, VOCAB, m, micro_batch=2)
+    divergence_now(model, t, VOCAB, m)
 
 
 def test_a_ceiling_without_a_divergence_is_no_ceiling(model):
@@ -392,3 +392,69 @@ def test_a_head_that_is_not_the_models_own_is_noticed(model):
     model.lm_head.register_forward_hook(lambda _, args, out: out * 0.5)  # as models do that scale their logits
     with pytest.raises(ValueError, match="scales or changes"):
         check_head(model, VOCAB, [5, 6, 7])
+
+
+# --- contexts for the least certain only --------------------------------------------------------------------------
+
+
+def budgeted(model, m, batch=None):
+    return score_teachers(model, nullcontext, batch or batch_of(), VOCAB, m)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_full_budget_is_plain_agreement_in_one_stream_or_two(model, level, monkeypatch):
+    """Budget 1 shares its passes with the teacher; a budget just below 1 that still takes everyone does not."""
+    m = Mechanisms(agreement=level, gamma=2.0)
+    whole = budgeted(model, m)
+    almost = budgeted(model, replace(m, agreement_budget=0.999))  # rounded up: all four
+    assert_close(whole.weights, almost.weights)
+    assert_close(whole.c, almost.c)
+    assert whole.weights.min() < 1
+
+
+def test_the_others_keep_weight_one_and_the_most_uncertain_are_taken(model):
+    batch = batch_of((4, 7, 3, 5))
+    m = Mechanisms(agreement="token", gamma=5.0, agreement_budget=0.5)
+    t = budgeted(model, m, batch)
+    logps = head_of(model, VOCAB).ready(t.hidden)
+    each = losses.entropy(logps.logps(logps.logits(t.hidden), 1.0)) * batch.mask
+    mean = each.sum(1) / batch.mask.sum(1)
+    taken = mean.topk(2).indices.tolist()
+    for b in range(4):
+        assert (t.weights[b] == 1).all().item() == (b not in taken)
+    rows = []
+    model.model.register_forward_hook(lambda _, args, kwargs, out: rows.append(len(out[0])), with_kwargs=True)
+    budgeted(model, m, batch)
+    assert sum(rows) == 4 + 2 * len(batch.contexts)  # the teacher for all, the contexts for half
+
+
+def test_uncertainty_by_divergence_is_the_divergence_that_the_loss_sees(model):
+    batch = batch_of((4, 7, 3, 5))
+    m = Mechanisms(agreement="token", gamma=5.0, agreement_budget=0.25, uncertainty="divergence")
+    t = budgeted(model, m, batch)
+    now = divergence_now(model, t, VOCAB, m)
+    most = ((now * batch.mask).sum(1) / batch.mask.sum(1)).argmax().item()
+    assert [b for b in range(4) if (t.weights[b] != 1).any()] == [most]
+
+
+def test_the_random_control_takes_the_same_number_and_repeats_itself(model):
+    m = Mechanisms(agreement="token", gamma=5.0, agreement_budget=0.25, uncertainty="random")
+    a, b = budgeted(model, m), budgeted(model, m)
+    assert a.weights.equal(b.weights) and (a.weights != 1).any(1).sum() == 1
+
+
+def test_a_budget_of_zero_reads_no_context(model):
+    rows = []
+    model.model.register_forward_hook(lambda _, args, kwargs, out: rows.append(len(out[0])), with_kwargs=True)
+    t = budgeted(model, Mechanisms(agreement="token", gamma=5.0, agreement_budget=0.0))
+    assert sum(rows) == len(t.weights) and (t.weights == 1).all()
+
+
+def test_entropy_is_measured_only_if_it_is_logged(model):
+    batch = batch_of()
+    m = Mechanisms(log_entropy=False)
+    t = budgeted(model, m, batch)
+    states = read(model, batch.student, batch.ids, batch.mask)
+    with_it, a = unisd_loss(states, head_of(model, VOCAB), t.rows(slice(None)), t.head, Mechanisms())
+    without, b = unisd_loss(states, head_of(model, VOCAB), t.rows(slice(None)), t.head, m)
+    assert with_it == without and set(a) - set(b) == {"entropy"}

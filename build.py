@@ -1,0 +1,136 @@
+"""build.py - put a run together: device, model, data, teacher, optimizer, and the processes that share it.
+
+What: `start` turns a Config into a Run, all that train.py's loop needs, and refuses what cannot work before anything
+long begins. Order matters in one place: LoRA, sharding, then the copies that the teachers are made of, then the
+optimizer, because each holds on to the parameters that it finds.
+
+Depends on most other files.   Try it:  python -m pytest tests/test_train.py -q
+"""
+
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import benchmarks
+import checkpoint
+import contexts
+import parallel
+import world
+from config import DEPARTURES, Config
+from data import Task, chat_ids
+from ema import EMA, half_life
+from parallel import ALONE, Alone, whole_layers
+from reading import check_head
+from rollout import Loaded, choose_device, load
+
+
+@dataclass
+class Run:
+    """Everything a step needs; saved and restored by checkpoint.py."""
+
+    cfg: Config
+    lm: Loaded
+    task: Task
+    optimizer: torch.optim.Optimizer
+    average: EMA | None  # the EMA teacher
+    frozen: EMA | Loaded | None  # the model as it was: an average never updated, or the adapter switched off; not saved
+    step: int = 0
+    prompts: dict = field(default_factory=dict)  # example index -> its prompts' token ids, made once
+    usable: list = field(default_factory=list)  # the training examples that fit; a step draws from these
+    ranks: Alone = ALONE  # the processes that share each step
+
+    @contextmanager
+    def teacher(self):
+        """`with run.teacher():` the model is the teacher."""
+        shadow = {"ema": self.average, "frozen": self.frozen, "live": None}[self.cfg.teacher]
+        with shadow.applied_to(self.lm.model) if shadow else nullcontext(), whole_layers(self.lm.model):
+            yield self.lm.model
+
+
+def load_task(cfg: Config) -> tuple[Task, dict]:
+    """The tiny world, a benchmark, or a file of the user's -> (Task, what was kept and dropped)."""
+    if cfg.data == "tiny":
+        return world.load(cfg.train_size, cfg.eval_size, cfg.wrong_references, cfg.seed), {}
+    if cfg.wrong_references:
+        raise ValueError("--wrong-references works in the tiny world only; set it to 0, or use --data tiny")
+    if cfg.data.endswith(".jsonl"):
+        task, manifest = benchmarks.load_jsonl(cfg.data, seed=cfg.seed)
+        task.train, task.test = task.train[: cfg.train_size or None], task.test[: cfg.eval_size or None]
+        return task, manifest
+    size = None if cfg.steps == cfg.epochs == 0 else cfg.train_size  # only evaluating: training data is not even read
+    # Negatives are made whether the recipe needs them or not: the data and its fingerprint are the same for every
+    # recipe.
+    negatives = size is not None
+    return benchmarks.load_task(cfg.data, train_size=size, test_size=cfg.eval_size, seed=cfg.seed, negatives=negatives)
+
+
+def start(cfg: Config, out: Path) -> Run:
+    """Load everything and check that it can work. Raises ValueError, with the fix, if it cannot."""
+    torch.manual_seed(cfg.seed)
+    place = cfg.device
+    if place in ("auto", "cuda") and torch.cuda.is_available() and parallel.size() > 1:
+        place = f"cuda:{parallel.local_rank()}"  # each process its own
+    device, cfg.dtype, reason = choose_device(place, cfg.dtype)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    ranks = parallel.ranks(device)
+    print(f"{reason} | torch {torch.__version__} | seed {cfg.seed}" + (f" | {ranks.size} processes" * (ranks.size > 1)))
+    if cfg.batch % ranks.size:
+        raise ValueError(f"--batch {cfg.batch} must be a multiple of the number of processes ({ranks.size})")
+    if cfg.shard and ranks.size == 1:
+        raise ValueError("--shard divides the model among processes: start it with torchrun --nproc-per-node 2 or more")
+    if cfg.preset == "official":
+        print("official settings, except:\n  - " + "\n  - ".join(DEPARTURES))
+    # Under LoRA nothing of the base is trained: it may lie in bf16. What is trained is always fp32.
+    lm = load(cfg.model, device, torch.bfloat16 if cfg.lora_rank and cfg.dtype == "bf16" else torch.float32)
+    lm.merge()
+    lm.dtype, lm.sample_batch, lm.engine, lm.ranks = cfg.dtype, cfg.sample_batch, cfg.engine, ranks
+    lm.train_text_only()
+    task, manifest = load_task(cfg)
+    model = lm.model
+    check_head(model, lm.vocab, chat_ids(lm.tokenizer, "1 + 1"))
+    room = lm.context - cfg.max_new_tokens
+    if room < 16:
+        raise ValueError(
+            f"--max-new-tokens {cfg.max_new_tokens} leaves no room in the model's context of {lm.context}: lower it"
+        )
+    cfg.max_prompt_tokens = min(cfg.max_prompt_tokens, room)
+    if cfg.steps == 0 and cfg.epochs:
+        cfg.steps = max(1, round(cfg.epochs * len(task.train) / cfg.batch))
+    print(
+        f"model {lm.name} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters) | "
+        f"data {task.name} ({len(task.train)} questions, {task.fingerprint()}) | {cfg.steps} steps of {cfg.batch}"
+    )
+    needs_base = (cfg.teacher == "frozen" and cfg.uses_teacher) or cfg.sampler == "base"
+    frozen = None
+    if cfg.lora_rank:
+        lm.add_lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
+    if cfg.shard:
+        parallel.shard(model, bf16=cfg.dtype == "bf16")
+    if needs_base:
+        frozen = lm if lm.adapter else EMA(model, 1.0)  # with an adapter the base is still there: switch it off
+    if cfg.grad_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    checkpoint.room_for(out, sum(p.numel() for p in trained))
+    # Two groups under --shard: AdamW updates the tensors of a group together, and sharded ones only among themselves.
+    groups = [[p for p in trained if isinstance(p, parallel.DTensor) == kind] for kind in (False, True)]
+    groups = [{"params": g} for g in groups if g]
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
+    average = EMA(model, cfg.ema_decay) if cfg.teacher == "ema" and cfg.uses_teacher else None
+    if average:
+        print(f"EMA teacher: after {half_life(cfg.ema_decay, cfg.ema_every):.0f} steps half of it is new")
+    run = Run(cfg, lm, task, optimizer, average, frozen, ranks=ranks)
+    model.eval()
+    if cfg.steps:
+        run.prompts, notes = contexts.encode_all(lm.tokenizer, task, cfg, contexts.prepare(lm, task, cfg, out))
+        run.usable = list(run.prompts)
+        manifest |= notes if manifest else {}
+    if manifest:
+        checkpoint.write_json(out / "manifest.json", manifest)
+    if ranks.rank:  # from here on only dropout draws from torch's generator: not the same on every rank
+        torch.manual_seed(cfg.seed + ranks.rank)
+    return run

@@ -1,0 +1,235 @@
+"""parallel.py - one run, several processes: what a step must know of all of them.
+
+What: `torchrun --nproc-per-node N train.py ...` starts N processes ("ranks"). Each samples, scores and differentiates its
+own share of a step's prompts, and the gradients are *summed*, because the loss is already divided by the whole step's
+denominator. So the result is that of one process with the same batch, up to the order of additions:
+
+  gather / mine   quantiles, denominators and "the least certain quarter" are properties of the step, not of a share
+  sum_gradients   after the last micro-batch, one sum per parameter
+  any / total     shall we stop? and the numbers of the log
+
+--shard (FSDP2, `fully_shard`) also divides the decoder's weights, gradients, optimizer state and the EMA among the ranks.
+The embedding table and the head stay whole on each: the loss applies the head itself, outside of `forward`. While answers
+are sampled and read, ranks do different numbers of passes, so the layers are gathered for that long (`whole_layers`).
+
+Alone is the same interface for one process; everything is the identity there, and costs nothing.
+Depends on torch only.   Try it:  python -m pytest tests/test_parallel.py -q
+"""
+
+import math
+import os
+from contextlib import contextmanager, nullcontext, redirect_stdout
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+class Alone:
+    """One process: the whole step is its share."""
+
+    rank, size = 0, 1
+
+    def share(self, n: int) -> slice:
+        """Which of n rows are this rank's."""
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Every rank's rows, in order; a second dimension is padded with 0 to the longest. (b, ...) -> (B, ...)."""
+        return x
+
+    def mine(self, x: Tensor, like: Tensor) -> Tensor:
+        """This rank's rows of what was gathered from tensors shaped like `like`."""
+        return x
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over ranks."""
+        return x
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def objects(self, x) -> list:
+        """One small Python object per rank."""
+        return [x]
+
+    def wait(self) -> None:
+        """Until everyone is here."""
+
+    def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Replace each gradient by its sum over ranks."""
+
+
+ALONE = Alone()
+
+
+class Ranks(Alone):
+    """The processes that torchrun started."""
+
+    def __init__(self, device: torch.device):
+        self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
+
+    def gather(self, x: Tensor) -> Tensor:
+        shapes = self.objects(tuple(x.shape))
+        room = [max(dims) for dims in zip(*shapes, strict=True)]
+        padded = x.new_zeros(room)
+        padded[tuple(slice(n) for n in x.shape)] = x
+        out = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(out, padded)
+        return torch.cat([o[: s[0]] for o, s in zip(out, shapes, strict=True)])
+
+    def mine(self, x: Tensor, like: Tensor) -> Tensor:
+        rows = x[self.share(len(x))]
+        return rows[:, : like.shape[1]] if x.dim() > 1 else rows
+
+    def total(self, x: Tensor) -> Tensor:
+        x = x.to(self.device, copy=True)
+        dist.all_reduce(x)
+        return x
+
+    def any(self, flag: bool) -> bool:
+        return bool(self.total(torch.tensor(float(flag))) > 0)
+
+    def objects(self, x) -> list:
+        out = [None] * self.size
+        dist.all_gather_object(out, x)
+        return out
+
+    def wait(self) -> None:
+        dist.barrier()
+
+    def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
+        # A sharded gradient was summed by FSDP already. Every rank must sum the same list: one without a gradient sends 0.
+        waiting = []
+        for p in parameters:
+            if not isinstance(p, DTensor):
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                waiting.append(dist.all_reduce(p.grad, async_op=True))
+        for one in waiting:
+            one.wait()
+
+
+def size() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """The number of this process on its machine: which GPU is its own."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def join() -> tuple[int, int]:
+    """Meet the other processes that torchrun started, if it did. -> (rank, number of processes)."""
+    if size() > 1 and not dist.is_initialized():
+        # Both: tensors on a GPU travel by NCCL, the others by gloo.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    return (dist.get_rank(), size()) if size() > 1 else (0, 1)
+
+
+def rank() -> int:
+    """This process' number; 0 is the one that prints and writes."""
+    return int(os.environ.get("RANK", "0")) if size() > 1 else 0
+
+
+def wait() -> None:
+    """Until every process is here."""
+    if size() > 1:
+        dist.barrier()
+
+
+def ranks(device: torch.device) -> Alone:
+    """The processes of this run, after `join`."""
+    return Ranks(device) if size() > 1 and dist.is_initialized() else ALONE
+
+
+@contextmanager
+def one_voice():
+    """Only rank 0 prints, and everyone says goodbye at the end, so that nobody waits."""
+    try:
+        with open(os.devnull, "w") as silence, redirect_stdout(silence) if rank() else nullcontext():
+            yield
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+LOST = RuntimeError  # torch's DistError is one; gloo raises the plain class
+
+
+def lost(error: RuntimeError) -> bool:
+    """Does this error mean that another process is gone?"""
+    signs = ("closed by peer", "Connection reset", "Broken pipe", "timed out", "Timed out", "Socket", "NCCL", "gloo")
+    return size() > 1 and any(s in str(error) for s in signs)
+
+
+# --- sharding: FSDP2 -----------------------------------------------------------------------------------------------------
+
+
+def shard(model: nn.Module, bf16: bool) -> None:
+    """Divide the decoder's layers among the ranks, in place; the embedding table and the head stay whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    kind = next(model.parameters()).device.type
+    mesh = init_device_mesh(kind, (dist.get_world_size(),))
+    decoder = model.get_decoder()
+    how = dict(mesh=mesh, reshard_after_forward=True)
+    if bf16:
+        how["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    whole = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    for part in [*decoder.layers, decoder]:
+        fully_shard(part, ignored_params=whole, **how)
+        # A sum, not a mean: the loss is divided by the whole step's tokens already.
+        part.set_force_sum_reduction_for_comms(True)
+        part.set_gradient_divide_factor(1.0)
+
+
+def layers_of(model: nn.Module) -> list:
+    """The sharded layers; [] without --shard."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return [m for m in model.modules() if isinstance(m, FSDPModule)]
+
+
+@contextmanager
+def whole_layers(model: nn.Module):
+    """All layers gathered: inside, a forward pass needs no other rank, so ranks may do different numbers of them."""
+    layers = layers_of(model) if size() > 1 else []
+    for layer in layers:
+        layer.set_reshard_after_forward(False)
+        layer.unshard()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.reshard()
+            layer.set_reshard_after_forward(True)
+
+
+def full(x):
+    """A sharded tensor made whole; everything else as it is. Every rank must call it."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def like(x: Tensor, reference: Tensor) -> Tensor:
+    """A whole tensor divided as the reference is."""
+    if not isinstance(reference, DTensor):
+        return x
+    return distribute_tensor(x.to(reference.device), reference.device_mesh, reference.placements)
+
+
+def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
+    """torch's clip_grad_norm_, also where some parameters are sharded and others not. -> the norm before scaling, ()."""
+    sharded = [p.grad for p in parameters if isinstance(p, DTensor) and p.grad is not None]
+    if not sharded:
+        return nn.utils.clip_grad_norm_(parameters, limit or math.inf)
+    plain = [p.grad for p in parameters if not isinstance(p, DTensor) and p.grad is not None]
+    squares = torch.stack([g.to_local().float().square().sum() for g in sharded]).sum()
+    dist.all_reduce(squares)
+    norm = (squares + sum(g.float().square().sum() for g in plain)).sqrt()
+    if limit and not norm <= limit:
+        for g in [*plain, *(g.to_local() for g in sharded)]:
+            g.mul_(limit / (norm + 1e-6))
+    return norm

@@ -1,0 +1,192 @@
+"""Two processes do what one does: same losses, same weights; one's checkpoint is the other's; a lost one is told of."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+import train
+from config import make, parse
+from parallel import ALONE, Ranks
+
+ROOT = Path(__file__).parents[1]
+FLAGS = (
+    "--steps 5 --batch 8 --micro-batch 2 --train-size 60 --eval-size 1 --teacher-every 0 --sample-every 0 "
+    "--ema-every 2 --device cpu"
+).split()
+ENV = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TORCH_DISTRIBUTED_DEBUG": "OFF"}
+
+
+def command(processes, out, *more):
+    start = [sys.executable]
+    if processes > 1:  # --standalone: a free port, so that several runs can go on beside each other
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*start, str(ROOT / "train.py"), *FLAGS, "--out", str(out), *more]
+
+
+def run(processes, out, *more):
+    done = subprocess.run(command(processes, out, *more), env=ENV, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+    return done
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def weights(out):
+    return load_file(out / "model.safetensors")
+
+
+def nearly_equal(a, b, tolerance=1e-5):
+    for x, y in zip(log(a), log(b), strict=True):
+        for key in ("loss", "div", "weight", "length", "eos", "nll", "entropy"):
+            assert abs(x.get(key, 0.0) - y.get(key, 0.0)) < tolerance, (x["step"], key, x[key], y[key])
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert_close(ours[name], theirs[name], atol=tolerance, rtol=0.0)
+
+
+EVERYTHING = ["--clip-quantile", "0.9", "--agreement-budget", "0.5"]
+MODES = {  # name -> processes, flags
+    "one": (1, EVERYTHING),
+    "two": (2, EVERYTHING),
+    "sharded": (2, [*EVERYTHING, "--shard"]),
+    "two-sft": (2, ["--recipe", "sft"]),
+    "one-sft": (1, ["--recipe", "sft"]),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """All of MODES, two at a time."""
+    folder = tmp_path_factory.mktemp("parallel")
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(run, n, folder / name, *flags) for name, (n, flags) in MODES.items()]:
+            done.result()
+    return folder
+
+
+@pytest.mark.parametrize(("a", "b"), [("one", "two"), ("one", "sharded"), ("one-sft", "two-sft")])
+def test_two_processes_equal_one(runs, a, b):
+    """On-policy too, with quantiles, a budget and an EMA that moves: everything a step must know as a whole."""
+    nearly_equal(runs / a, runs / b)
+
+
+def test_one_process_writes_and_prints(runs):
+    assert sorted(p.name for p in (runs / "two").iterdir()) == sorted(p.name for p in (runs / "one").iterdir())
+    summaries = [json.loads((runs / n / "summary.json").read_text()) for n in ("one", "two", "sharded")]
+    for s in summaries[1:]:
+        assert s["after"]["accuracy"] == summaries[0]["after"]["accuracy"]
+        assert abs(s["after"]["jsd_to_base"] - summaries[0]["after"]["jsd_to_base"]) < 1e-5
+
+
+def children(pid):
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def killed_after(out, rows, *more):
+    """A run of two processes, one of which is killed once the log has that many rows. -> exit code, seconds, its stderr."""
+    both = subprocess.Popen(
+        command(2, out, "--save-every", "1", *more),
+        env=ENV,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.time() + 200
+    while not ((out / "log.jsonl").exists() and len(log_lines(out)) >= rows):
+        assert both.poll() is None and time.time() < deadline, both.stderr.read()
+        time.sleep(0.05)
+    victim = max(children(both.pid), key=lambda p: f"\0RANK={1}\0" in Path(f"/proc/{p}/environ").read_text())
+    os.kill(victim, signal.SIGKILL)
+    begun = time.time()
+    _, told = both.communicate(timeout=120)
+    return both.returncode, time.time() - begun, told
+
+
+def log_lines(out):
+    return [x for x in (out / "log.jsonl").read_text().splitlines() if x.endswith("}")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc to find the process to kill")
+def test_a_lost_process_ends_the_run_and_another_number_goes_on(runs, tmp_path):
+    code, seconds, told = killed_after(tmp_path / "lost", 3, *EVERYTHING)
+    assert code != 0 and seconds < 60
+    assert "another process of this run ended" in told and "--resume" in told
+    run(1, tmp_path / "lost", "--save-every", "1", "--resume")  # written by two, continued by one
+    nearly_equal(runs / "one", tmp_path / "lost")
+
+
+def stopped(processes, out, steps, *more):
+    """A run that looks as if it had been stopped after `steps`: its last checkpoint is there, its summary is not."""
+    driver = (
+        "import sys, train, checkpoint\n"
+        "kept = checkpoint.save\n"
+        f"def save(run):\n    kept(run)\n    if run.step == {steps}: raise KeyboardInterrupt\n"
+        "checkpoint.save = save\n"
+        "sys.exit(0 if train.cli(sys.argv[1:]) == 130 else 1)\n"
+    )
+    script = out.with_suffix(".py")
+    script.write_text(driver)
+    argv = [script if a == str(ROOT / "train.py") else a for a in command(processes, out, "--save-every", "1", *more)]
+    done = subprocess.run(
+        argv, env=ENV | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "like", "exact"),
+    [
+        (1, 2, "one", False),
+        (2, 2, "two", True),
+        pytest.param("sharded", "sharded", "sharded", True, id="sharded"),
+        pytest.param("sharded", 1, "one", False, id="sharded-one"),
+    ],
+)
+def test_a_checkpoint_goes_on_under_any_number_of_processes(runs, tmp_path, first, then, like, exact):
+    shard = lambda mode: ["--shard"] if mode == "sharded" else ["--no-shard"]
+    count = lambda mode: 2 if mode == "sharded" else mode
+    stopped(count(first), tmp_path / "r", 3, *EVERYTHING, *shard(first))
+    run(count(then), tmp_path / "r", "--save-every", "1", *EVERYTHING, *shard(then), "--resume")
+    nearly_equal(runs / like, tmp_path / "r", tolerance=1e-30 if exact else 1e-5)
+
+
+def test_what_cannot_be_shared_is_refused():
+    done = subprocess.run(command(2, "unused", "--batch", "9"), env=ENV, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "--batch 9 must be a multiple of the number of processes (2)" in done.stderr
+    with pytest.raises(ValueError, match="--shard and --lora-rank"):
+        make("sd", shard=True, lora_rank=4)
+
+
+def test_shard_alone_says_how_to_start_it(tmp_path, capsys):
+    assert train.cli([*FLAGS, "--out", str(tmp_path / "x"), "--shard"]) == 2
+    assert "torchrun" in capsys.readouterr().err
+    assert parse(["--shard"]).shard
+
+
+def test_alone_everything_is_the_identity():
+    x = torch.arange(6.0).reshape(2, 3)
+    assert ALONE.gather(x) is x and ALONE.mine(x, x) is x and ALONE.total(x) is x
+    assert ALONE.share(7) == slice(0, 7) and ALONE.objects(3) == [3] and ALONE.any(True) and not ALONE.any(False)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_shares_are_disjoint_and_complete(size):
+    rows = []
+    for rank in range(size):
+        one = object.__new__(Ranks)
+        one.rank, one.size = rank, size
+        rows += list(range(17))[one.share(17)]
+    assert rows == list(range(17))
