@@ -38,12 +38,11 @@ def token_logps(logps: Tensor, ids: Tensor) -> Tensor:
 def kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) = sum_v p_v (log p_v - log q_v), from log-probabilities. (..., V), (..., V) -> (...).
 
-    A token that p rules out (log p = -inf) adds exactly 0, whatever q thinks of it: p log p -> 0. It is replaced
-    *before* the subtraction, because -inf - (-inf) is nan, and a nan that is masked afterwards still poisons the
-    gradient.
+    A token that p rules out (log p = -inf) adds exactly 0, whatever q thinks of it: p log p -> 0. Its ratio, -inf or nan,
+    is replaced before anything is multiplied with it: 0 times nan is nan. (The gradient of a difference does not look
+    at its values, so it is safe to replace after the subtraction.)
     """
-    possible = p > -torch.inf
-    log_ratio = p.masked_fill(~possible, 0.0) - q.masked_fill(~possible, 0.0)
+    log_ratio = (p - q).masked_fill_(p == -torch.inf, 0.0)
     return (p.exp() * log_ratio).sum(-1)
 
 

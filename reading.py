@@ -162,9 +162,16 @@ def score(
     return [torch.zeros(mask.shape, dtype=wide, device=ids.device) if o is None else o for o in out]  # None: no rows
 
 
-def tokens_per_chunk(chunk: int, vocab: int) -> int:
-    """How many tokens go through the head together; 0 = as many as make about 8 million logits (32 MB in fp32)."""
-    return chunk or max(16, 8_388_608 // vocab)
+def tokens_per_chunk(chunk: int, head: Head) -> tuple[int, int]:
+    """How many tokens go through the head together, and how many of those through a formula. -> (chunk, piece).
+
+    A matrix product wants many tokens: it reads the whole head for each chunk. A formula makes a dozen tensors of (piece,
+    V) and wants few. chunk 0 = as many as make 16 million logits (64 MB in fp32) on a CPU, 64 million on a GPU.
+    """
+    million = 1 << 20
+    wide, narrow = (64 * million, 8 * million) if head.weight.is_cuda else (16 * million, 2 * million)
+    chunk = chunk or max(1, wide // head.vocab)
+    return chunk, min(chunk, max(1, narrow // head.vocab))
 
 
 @torch.no_grad()
@@ -176,7 +183,7 @@ def each_token(
     """
     head = head.ready(hidden)
     one = lambda s: what(head.logps(head.logits(hidden[s]), temperature), s)
-    return torch.cat([one(s) for s in chunks(len(hidden), tokens_per_chunk(chunk, head.vocab))])
+    return torch.cat([one(s) for s in chunks(len(hidden), tokens_per_chunk(chunk, head)[0])])
 
 
 def sampled_logps(hidden: Tensor, ids: Tensor, head: Head, temperature: float, chunk: int) -> Tensor:
@@ -185,27 +192,31 @@ def sampled_logps(hidden: Tensor, ids: Tensor, head: Head, temperature: float, c
 
 
 def through_head(
-    hidden: Tensor, head: Head, terms: Callable[[Tensor, slice], tuple], chunk: int
+    hidden: Tensor,
+    head: Head,
+    terms: Callable[[Tensor, Tensor | None, slice], tuple],
+    chunk: int,
+    beside: tuple[Tensor, Head] | None = None,
 ) -> tuple[Tensor, dict]:
     """Sum over chunks of a loss on logits that are never all there at once. -> (loss (), {name: (N,)} without
     gradient).
 
-    hidden (N, H). terms(logits (n, V), slice of the N tokens) -> (loss (), {name: (n,)}). The gradient of a chunk is
-    taken before the next chunk exists: with respect to its *logits* by autograd, so every formula of losses.py stands
-    once, and from there by hand, because the head is linear: two products. Peak memory: a few tensors of (chunk, V),
-    whatever N is.
+    hidden (N, H); beside: the states (N, H) and the ready head of a teacher who needs no gradient. terms(logits (n, V),
+    the teacher's logits (n, V) or None, slice of the N tokens) -> (loss (), {name: (n,)}).
+    The gradient of a chunk is taken before the next chunk exists: with respect to its *logits* by autograd, piece by
+    piece, so every formula of losses.py stands once, and from there by hand, because the head is linear: two products.
+    Peak memory: two tensors of (chunk, V) and a dozen of (piece, V), whatever N is.
     """
     values: dict = {}
-    if (
-        not torch.is_grad_enabled()
-    ):  # a custom function is asked for gradients by what its inputs want, whatever no_grad says
+    if not torch.is_grad_enabled():
+        # A custom function is asked for gradients by what its inputs want, whatever no_grad says.
         hidden, head = hidden.detach(), head.detach()
-    return _ThroughHead.apply(hidden, head.weight, head.bias, head, terms, chunk, values), values
+    return _ThroughHead.apply(hidden, head.weight, head.bias, head, terms, chunk, beside, values), values
 
 
 class _ThroughHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head, terms, chunk, values):
+    def forward(ctx, hidden, weight, bias, head, terms, chunk, beside, values):
         need_h, need_w, need_b = ctx.needs_input_grad[:3]
         ready = head.ready(hidden)
         w, same_type = ready.weight, ready.weight.dtype == weight.dtype
@@ -213,25 +224,34 @@ class _ThroughHead(torch.autograd.Function):
         grad_w = torch.zeros_like(weight) if need_w else None
         grad_b = torch.zeros_like(bias) if need_b else None
         total, kept = 0.0, []
+        size, piece = tokens_per_chunk(chunk, head)
         with torch.autocast(hidden.device.type, enabled=False):
-            for s in chunks(len(hidden), tokens_per_chunk(chunk, head.vocab)):
+            for s in chunks(len(hidden), size):
                 h = hidden[s].to(w.dtype)
-                logits = ready.logits(h).requires_grad_(need_h or need_w or need_b)
-                with torch.enable_grad():
-                    part, out = terms(logits, s)
-                total = total + part.detach()
-                kept.append(out)
-                if not (logits.requires_grad and part.requires_grad):
-                    continue
-                (g,) = torch.autograd.grad(part, logits)  # (n, V)
+                logits = ready.logits(h)
+                others = beside[1].logits(beside[0][s]) if beside else None
+                for q in chunks(len(h), piece):
+                    some = logits[q].detach().requires_grad_(need_h or need_w or need_b)
+                    with torch.enable_grad():
+                        of = slice(s.start + q.start, s.start + q.stop)
+                        part, out = terms(some, others[q] if beside else None, of)
+                    total = total + part.detach()
+                    kept.append(out)
+                    if some.requires_grad and part.requires_grad:
+                        logits[q] = torch.autograd.grad(part, some)[
+                            0
+                        ]  # they have served: their gradient in their place
+                    else:
+                        logits[q] = 0.0
                 if need_h:
-                    grad_h[s] = g @ w
+                    grad_h[s] = logits @ w
                 if need_w and same_type:  # in place: no second tensor of the head's size
-                    grad_w[: head.vocab].addmm_(g.T, h)
+                    grad_w[: head.vocab].addmm_(logits.T, h)
                 elif need_w:
-                    grad_w[: head.vocab] += g.T @ h
+                    grad_w[: head.vocab] += logits.T @ h
                 if need_b:
-                    grad_b[: head.vocab] += g.sum(0)
+                    grad_b[: head.vocab] += logits.sum(0)
+                del logits, others  # before the next chunk's are made
         values.update({k: torch.cat([out[k] for out in kept]) for k in kept[0]})
         ctx.save_for_backward(grad_h, grad_w, grad_b)
         return total
@@ -242,4 +262,4 @@ class _ThroughHead(torch.autograd.Function):
         # Usually upstream is exactly 1 (loss.backward()): then a gradient of the head's size is not copied to be
         # scaled.
         scaled = [g if g is None or upstream == 1 else g * upstream for g in ctx.saved_tensors]
-        return *scaled, None, None, None, None
+        return *scaled, None, None, None, None, None

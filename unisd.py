@@ -256,15 +256,15 @@ def unisd_loss(
     add up to the step's loss and gradient.
     """
 
-    speaker = teacher_head.ready(student) if m.w_div or m.w_contrast else None
+    beside = (t["teacher"], teacher_head.ready(student)) if m.w_div or m.w_contrast else None
 
-    def terms(logits: Tensor, s: slice) -> tuple[Tensor, dict]:
+    def terms(logits: Tensor, others: Tensor | None, s: slice) -> tuple[Tensor, dict]:
         logps = head.logps(logits, m.distill_temperature)  # (n, V)
         chosen = losses.token_logps(logps, t["ids"][s])  # (n,)
         total, out = logps.new_zeros(()), {}
-        if speaker:
+        if beside:
             with torch.no_grad():
-                teacher = speaker.logps(speaker.logits(t["teacher"][s]), m.distill_temperature)
+                teacher = beside[1].logps(others, m.distill_temperature)
         if m.w_div:
             out["div"] = divergence(logps, teacher, t["ids"][s], m)
             total = total + m.w_div * (t["c"][s] * losses.clip_tokens(out["div"], ceiling)).sum()
@@ -280,8 +280,8 @@ def unisd_loss(
         return total, {k: v.detach() for k, v in out.items()}
 
     loss, values = student.new_zeros((), dtype=torch.promote_types(student.dtype, torch.float32)), {}
-    if speaker or m.w_nll:
-        loss, values = through_head(student, head, terms, m.chunk)
+    if beside or m.w_nll:
+        loss, values = through_head(student, head, terms, m.chunk, beside)
     if m.w_match:
         values["match"] = losses.feature_mse(student, t["teacher"])
         loss = loss + m.w_match * (t["a"] * values["match"]).sum()
@@ -305,5 +305,5 @@ def divergence_now(model: nn.Module, t: Targets, vocab: int, m: Mechanisms, tall
         ids[s],
         m,
     )
-    flat = torch.cat([each(s) for s in chunks(len(ids), tokens_per_chunk(m.chunk, vocab))])
+    flat = torch.cat([each(s) for s in chunks(len(ids), tokens_per_chunk(m.chunk, head)[1])])
     return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
