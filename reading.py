@@ -94,10 +94,8 @@ def read(model: nn.Module, prompts: list[list[int]], ids: Tensor, mask: Tensor) 
     width = max(map(len, rows))
     tokens = torch.tensor([r + [0] * (width - len(r)) for r in rows], device=ids.device)
     states = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state  # (B, width, H)
-    row = torch.tensor([b for b, n in enumerate(lengths) for _ in range(n)], device=ids.device)
-    col = torch.tensor(
-        [len(p) - 1 + t for p, n in zip(prompts, lengths, strict=True) for t in range(n)], device=ids.device
-    )
+    where = [(b, len(p) - 1 + t) for b, (p, n) in enumerate(zip(prompts, lengths, strict=True)) for t in range(n)]
+    row, col = torch.tensor(where, dtype=torch.long, device=ids.device).reshape(-1, 2).unbind(1)
     return states[row, col]
 
 
@@ -238,9 +236,8 @@ class _ThroughHead(torch.autograd.Function):
                     total = total + part.detach()
                     kept.append(out)
                     if some.requires_grad and part.requires_grad:
-                        logits[q] = torch.autograd.grad(part, some)[
-                            0
-                        ]  # they have served: their gradient in their place
+                        # The logits have served: their gradient takes their place.
+                        (logits[q],) = torch.autograd.grad(part, some)
                     else:
                         logits[q] = 0.0
                 if need_h:

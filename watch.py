@@ -15,10 +15,7 @@ import threading
 import time
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # a server has no screen
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import checkpoint
@@ -102,7 +99,8 @@ def curves(log: Path, picture: Path, title: str) -> None:
         return
     across = min(3, len(shown))
     down = -(-len(shown) // across)
-    figure, axes = plt.subplots(down, across, figsize=(4.2 * across, 2.9 * down), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(4.2 * across, 2.9 * down), layout="constrained")  # not pyplot's: a server has no screen
+    axes = figure.subplots(down, across, squeeze=False)
     for axis in axes.flat[len(shown) :]:
         axis.axis("off")
     for axis, ((name, unit), keys) in zip(axes.flat, shown.items(), strict=False):
@@ -123,7 +121,6 @@ def curves(log: Path, picture: Path, title: str) -> None:
             axis.legend(fontsize=8)
     figure.suptitle(title)
     figure.savefig(picture, dpi=110)
-    plt.close(figure)
 
 
 def before_training(run, out: Path) -> dict:

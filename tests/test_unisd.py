@@ -458,3 +458,9 @@ def test_entropy_is_measured_only_if_it_is_logged(model):
     with_it, a = unisd_loss(states, head_of(model, VOCAB), t.rows(slice(None)), t.head, Mechanisms())
     without, b = unisd_loss(states, head_of(model, VOCAB), t.rows(slice(None)), t.head, m)
     assert with_it == without and set(a) - set(b) == {"entropy"}
+
+
+def test_all_masked_is_one_clear_error(model):
+    batch = replace(batch_of(), mask=torch.zeros(4, 8, dtype=torch.long))
+    with pytest.raises(ValueError, match="every token is masked"):
+        score_teachers(model, nullcontext, batch, VOCAB, Mechanisms())
