@@ -6,7 +6,9 @@
   loss       memory and time of the loss at a real vocabulary, against the plain formula, and against Liger's and TRL's
              where those packages are installed (they are optional)
   sampling   the engines of sampling.py: tokens per second, share of wasted positions, same greedy tokens or not
-  scoring    passes under a token budget; shared prefixes against plain re-reading
+  scoring    passes under a token budget: padding and time
+  prefix     two readings that share a question: its keys and values reused, or read again
+  compile    torch.compile on the student's pass
   steps      a training step of every recipe, split into its parts, against SFT
   model      the same for a model of the shape of Qwen2.5-0.5B with random weights (needs a CUDA device; a small shape
              shows on a CPU that it runs)
@@ -20,7 +22,6 @@ import argparse
 import io
 import json
 import platform
-import statistics
 import sys
 import tempfile
 import time
@@ -31,20 +32,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from tqdm import tqdm
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
-import train
 from bench_loss import bench_loss, medians
+from bench_model import NAMES, bench_compile, bench_model, bench_prefix, step_rows
 from build import Run, start
-from config import RECIPES, make
-from ema import EMA
-from rollout import Loaded, choose_device, generate
+from config import make
+from rollout import choose_device, generate
 from sampling import ENGINES
 from unisd import Batch, score_teachers
-
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # bf16 operations per second, by the vendor
-
 
 # --- sampling and scoring -----------------------------------------------------------------------------------------------
 
@@ -117,61 +112,6 @@ def bench_scoring(device: torch.device, args) -> list[dict]:
 # --- whole steps --------------------------------------------------------------------------------------------------------
 
 
-class Quiet:
-    """A watch that shows nothing and never stops."""
-
-    stop = False
-
-    def after_step(self, run, row, batch):
-        """Nothing."""
-
-
-def steps_of(run: Run, n: int) -> list[dict]:
-    """n training steps -> their rows of the log."""
-    log = io.StringIO()
-    run.cfg.steps, run.cfg.save_every = run.step + n, 0
-    train.train(run, log, Quiet())
-    return [json.loads(line) for line in log.getvalue().splitlines()]
-
-
-BUDGET = {"unisd-star, budget 0.25": ("unisd-star", {"agreement_budget": 0.25})}
-NAMES = {r: (r, {}) for r in RECIPES if r not in ("raw", "privileged")} | BUDGET
-
-
-def step_rows(runs: dict[str, Run], repeats: int, device: torch.device) -> list[dict]:
-    """One warm-up step each, then a step of each in turn; medians of the parts, and of the whole against sft."""
-    found: dict[str, list[dict]] = {name: [] for name in runs}
-    peaks: dict[str, int] = {}
-    for i in tqdm(range(repeats + 1), desc="a step of every recipe", leave=False):
-        for name, run in runs.items():
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            rows = steps_of(run, 1)
-            if i:
-                found[name] += rows
-            if device.type == "cuda":
-                peaks[name] = max(peaks.get(name, 0), torch.cuda.max_memory_allocated(device))
-    parts = ("sampling", "scoring", "update")
-    median = {n: {p: statistics.median(r["s_" + p] for r in rows) for p in parts} for n, rows in found.items()}
-    sft = sum(median["sft"].values())
-    table = []
-    for name in runs:
-        total = sum(median[name].values())
-        row = {"recipe": name, "time / sft": round(total / sft, 2), "ms": round(1000 * total)}
-        row |= {p + " %": round(100 * median[name][p] / total) for p in parts}
-        last = found[name][-1]
-        row["tokens / s sampled"] = (
-            round(last["length"] * runs[name].cfg.batch / median[name]["sampling"])
-            if last.get("wasted") is not None
-            else "–"
-        )
-        row |= {"wasted": round(last.get("wasted", 0.0), 3), "padding": round(last.get("padding", 0.0), 3)}
-        if peaks:
-            row["peak GiB"] = round(peaks[name] / 2**30, 1)
-        table.append(row)
-    return table
-
-
 def bench_steps(device: torch.device, args) -> list[dict]:
     """The default job under every recipe."""
     with tempfile.TemporaryDirectory() as folder:
@@ -179,82 +119,12 @@ def bench_steps(device: torch.device, args) -> list[dict]:
         return step_rows(runs, args.repeats, device)
 
 
-def shaped_run(recipe: str, device: torch.device, big: bool, **more) -> Run:
-    """A model of Qwen2.5-0.5B's shape (or, not big, a small one) with random weights, and random prompts: no task."""
-    shape = dict(
-        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, vocab_size=151936
-    )
-    if not big:
-        shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=1200)
-    prompt, completion, batch = (512, 256, 16) if big else (24, 8, 4)
-    torch.manual_seed(0)
-    config = Qwen2Config(**shape, num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True)
-    with torch.device(device):
-        model = Qwen2ForCausalLM(config).eval()
-    cfg = make(
-        recipe, preset="tiny", device=str(device), dtype="bf16" if device.type == "cuda" else "fp32", batch=batch,
-        micro_batch=4, max_new_tokens=completion, max_tokens_per_pass=16384, sample_batch=64, steps=1, **more,
-    )  # fmt: skip
-    lm = Loaded(model, Speechless(), [0], shape["vocab_size"], "random weights", dtype=cfg.dtype, sample_batch=64)
-    g = torch.Generator().manual_seed(1)
-    text = lambda n: torch.randint(1, lm.vocab, (n,), generator=g).tolist()
-    prompts = {
-        i: {
-            "student": text(prompt),
-            "teacher": text(prompt + completion // 2),
-            "negative": text(prompt + completion // 2),
-            "contexts": [text(prompt + completion) for _ in range(cfg.contexts)] if cfg.uses_agreement else [],
-            "answer": text(completion),
-        }
-        for i in range(batch)
-    }
-    frozen = EMA(model, 1.0) if (cfg.teacher == "frozen" and cfg.uses_teacher) or cfg.sampler == "base" else None
-    average = EMA(model, cfg.ema_decay) if cfg.teacher == "ema" and cfg.uses_teacher else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda")
-    return Run(cfg, lm, None, optimizer, average, frozen, prompts=prompts, usable=list(prompts))
-
-
-class Speechless:
-    """Stands where a tokenizer would: nothing is turned into text here."""
-
-    pad_token_id = 0
-    eos_token_id = 0
-
-    def apply_chat_template(self, *_, **__):
-        return ""
-
-    def __call__(self, *_, **__):
-        return {"input_ids": [0]}
-
-
-def bench_model(device: torch.device, args) -> list[dict]:
-    """One recipe at a time (each needs the whole memory): time, parts, peak memory, utilisation of the update."""
-    big = device.type == "cuda"
-    rows, sft = [], None
-    names = ["sft", "sd", "ema", "contrast", "match", "clip", "agree-token", "unisd-star", "unisd-star, budget 0.25"]
-    for name in tqdm(names, desc="recipes", leave=False):
-        recipe, more = NAMES[name]
-        run = shaped_run(recipe, device, big, **more)
-        row = step_rows({"sft": run}, args.repeats, device)[0] | {"recipe": name}
-        sft = sft or row["ms"]
-        row["time / sft"] = round(row["ms"] / sft, 2)
-        layers = sum(p.numel() for n, p in run.lm.model.named_parameters() if "embed" not in n)
-        read = run.cfg.batch * (len(run.prompts[0]["student"]) + run.cfg.max_new_tokens)
-        flops = 6 * (
-            layers * read + run.lm.vocab * run.lm.model.config.hidden_size * run.cfg.batch * run.cfg.max_new_tokens
-        )
-        known = [v for k, v in PEAK.items() if big and k in torch.cuda.get_device_name(device)]
-        update = row["ms"] * row["update %"] / 100 / 1000
-        row["update MFU"] = f"{100 * flops / update / known[0]:.0f} %" if known and update else "not measured"
-        rows.append(row)
-        del run
-    return rows
-
-
 SECTIONS = {
     "loss": bench_loss,
     "sampling": bench_sampling,
     "scoring": bench_scoring,
+    "prefix": bench_prefix,
+    "compile": bench_compile,
     "steps": bench_steps,
     "model": bench_model,
 }

@@ -3,14 +3,16 @@
 What: steps, model passes per step by mechanism, EMA updates and half-life, and an estimate of memory and time. Of N
 trained and P present parameters, in fp32 and bytes:
 
-    memory   4 P weights + 4 N gradients + 8 N Adam + 4 N per average (EMA teacher, frozen copy) + activations
+    memory   4 P weights + 4 N gradients + 8 N Adam + 4 N per average (EMA teacher, frozen copy)
+             + activations of one micro-batch + the head's: 4 V (2 chunk + 7 piece; JSD 14), see reading.py
+             with --shard, all of it but activations and chunk is divided by the number of processes (less the embedding)
     work     2 P per token read, 6 P per token trained (a third more with gradient checkpointing), 2 P per token sampled
 
 The time is that work divided by a speed that is measured on the spot with a matrix product, times how much of it
 language models usually reach. It is an estimate, within a factor of two or three: the first minute of the run itself
 knows better.
 
-Depends on config.py, ema.py, rollout.py.   Try it:  python -m pytest tests/test_plan.py -q
+Depends on config.py, ema.py, reading.py, rollout.py.   Try it:  python -m pytest tests/test_plan.py -q
 """
 
 import time
@@ -21,44 +23,52 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from config import Config
 from ema import half_life
+from reading import tokens_per_chunk
 from rollout import SHORT, choose_device
 
-# Parameters in millions, layers, hidden size: as published with the models. Other hub ids are only known once
-# downloaded.
+# Parameters in millions, layers, hidden size, vocabulary: as published with the models. Other hub ids are only known
+# once downloaded.
 KNOWN = {
-    "Qwen/Qwen2.5-0.5B-Instruct": (494, 24, 896),
-    "Qwen/Qwen2.5-1.5B-Instruct": (1544, 28, 1536),
-    "Qwen/Qwen2.5-3B-Instruct": (3086, 36, 2048),
-    "Qwen/Qwen2.5-7B-Instruct": (7616, 28, 3584),
-    "meta-llama/Llama-3.1-8B-Instruct": (8030, 32, 4096),
-    "google/gemma-3-4b-it": (4300, 34, 2560),
+    "Qwen/Qwen2.5-0.5B-Instruct": (494, 24, 896, 151_936),
+    "Qwen/Qwen2.5-1.5B-Instruct": (1544, 28, 1536, 151_936),
+    "Qwen/Qwen2.5-3B-Instruct": (3086, 36, 2048, 151_936),
+    "Qwen/Qwen2.5-7B-Instruct": (7616, 28, 3584, 152_064),
+    "meta-llama/Llama-3.1-8B-Instruct": (8030, 32, 4096, 128_256),
+    "google/gemma-3-4b-it": (4300, 34, 2560, 262_208),
 }
 REACHED = 0.35  # of a plain matrix product's speed, by training; sampling is bound by memory and reaches far less
 SAMPLING = 0.03
 
 
-def size_of(model: str) -> tuple[float, int, int] | None:
-    """(parameters, layers, hidden size) of a known name or a local folder; None if only a download could tell."""
+def size_of(model: str) -> tuple[float, int, int, int] | None:
+    """(parameters, layers, hidden size, vocabulary) of a known name or a local folder; None if only a download could
+    tell.
+    """
     where = SHORT.get(model, model)
     if where in KNOWN:
-        millions, layers, hidden = KNOWN[where]
-        return millions * 1e6, layers, hidden
+        millions, *rest = KNOWN[where]
+        return millions * 1e6, *rest
     if not (Path(where) / "config.json").exists():
         return None
     config = AutoConfig.from_pretrained(where, trust_remote_code=False)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     text = config.get_text_config()
-    return float(sum(p.numel() for p in empty.parameters())), text.num_hidden_layers, text.hidden_size
+    parameters = float(sum(p.numel() for p in empty.parameters()))
+    return parameters, text.num_hidden_layers, text.hidden_size, text.vocab_size
 
 
-def passes_of(cfg: Config) -> dict[str, int]:
-    """Model passes over a step's answers, by what asks for them. The student's own is with gradient."""
-    found = {"student, with gradient": 1}
+def passes_of(cfg: Config) -> dict[str, float]:
+    """Model passes over a step's answers, by what asks for them; a share of the answers is a share of a pass. The
+    student's own is with gradient.
+    """
+    found: dict[str, float] = {"student, with gradient": 1}
     if cfg.uses_teacher:
         found["teacher"] = 1
     if cfg.uses_agreement:
-        found["agreement contexts"] = cfg.contexts
+        found["agreement contexts"] = round(cfg.contexts * cfg.agreement_budget, 2)
+        if cfg.agreement_budget < 1 and cfg.uncertainty == "divergence":
+            found["uncertainty by divergence"] = 1
     if cfg.w_contrast:
         found["contrast's negative"] = 1
     if cfg.clip_quantile and cfg.w_div:
@@ -90,7 +100,7 @@ def describe(cfg: Config) -> str:
         reason,
         f"steps: {steps}, each of {cfg.batch} prompts in micro-batches of {cfg.micro_batch}",
         f"passes per step: sampling up to {cfg.max_new_tokens} tokens; "
-        + ", ".join(f"{n} {k}" for k, n in found.items()),
+        + ", ".join(f"{n:g} {k}" for k, n in found.items()),
     ]
     if cfg.teacher == "ema" and cfg.uses_teacher:
         updates = f"{cfg.steps // cfg.ema_every} updates, " if cfg.steps else ""
@@ -102,8 +112,9 @@ def describe(cfg: Config) -> str:
         return "\n".join(
             [*lines, "memory and time: unknown until the model is downloaded (give a folder or a short name)"]
         )
-    parameters, layers, hidden = size
-    lines.append(f"memory: about {memory(cfg, *size) / 2**30:.1f} GiB, of {parameters / 1e6:.0f} M parameters")
+    parameters = size[0]
+    needed = memory(cfg, *size, bf16=dtype == "bf16", cuda=device.type == "cuda")
+    lines.append(f"memory: about {needed / 2**30:.1f} GiB, of {parameters / 1e6:.0f} M parameters")
     speed = flops_per_second(device, torch.bfloat16 if dtype == "bf16" else torch.float32)
     tokens = cfg.batch * (min(cfg.max_prompt_tokens, 300) + cfg.max_new_tokens / 4)  # typical lengths, not the longest
     read, trained = sum(found.values()) - 1, 4 if cfg.grad_checkpointing else 3
@@ -115,7 +126,9 @@ def describe(cfg: Config) -> str:
     return "\n".join(lines)
 
 
-def memory(cfg: Config, parameters: float, layers: int, hidden: int) -> float:
+def memory(
+    cfg: Config, parameters: float, layers: int, hidden: int, vocab: int, bf16: bool = False, cuda: bool = False
+) -> float:
     """Bytes on the device at the peak of the update, roughly: the formula at the top of the file."""
     # LoRA on the seven projections of a layer: about rank * 2 * (4 H + 3 * 3 H) parameters.
     trained = layers * cfg.lora_rank * 26 * hidden if cfg.lora_rank else parameters
@@ -123,5 +136,11 @@ def memory(cfg: Config, parameters: float, layers: int, hidden: int) -> float:
         not cfg.lora_rank and ((cfg.teacher == "frozen" and cfg.uses_teacher) or cfg.sampler == "base")
     )
     tokens = cfg.micro_batch * (min(cfg.max_prompt_tokens, 512) + cfg.max_new_tokens)
-    kept = 2 if cfg.grad_checkpointing else 34  # numbers kept per token, layer and hidden unit for the backward
-    return 4 * parameters + 12 * trained + 4 * trained * averages + 2 * tokens * layers * hidden * kept
+    # Bytes kept per token, layer and hidden unit for the backward; under autocast some stay fp32.
+    kept = 4 if cfg.grad_checkpointing else 68 if bf16 else 96
+    answers = cfg.micro_batch * cfg.max_new_tokens
+    chunk, piece = (min(n, answers) for n in tokens_per_chunk(cfg.chunk, vocab, cuda))
+    # Tensors of (chunk, V), and of (piece, V) inside the formula.
+    tensors = (1, 4) if not cfg.uses_teacher else (2, 14) if cfg.divergence == "jsd" else (2, 7)
+    head = 4 * vocab * (tensors[0] * chunk + tensors[1] * piece)
+    return 4 * parameters + 12 * trained + 4 * trained * averages + tokens * layers * hidden * kept + head

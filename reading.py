@@ -160,16 +160,16 @@ def score(
     return [torch.zeros(mask.shape, dtype=wide, device=ids.device) if o is None else o for o in out]  # None: no rows
 
 
-def tokens_per_chunk(chunk: int, head: Head) -> tuple[int, int]:
+def tokens_per_chunk(chunk: int, vocab: int, cuda: bool) -> tuple[int, int]:
     """How many tokens go through the head together, and how many of those through a formula. -> (chunk, piece).
 
     A matrix product wants many tokens: it reads the whole head for each chunk. A formula makes a dozen tensors of (piece,
     V) and wants few. chunk 0 = as many as make 16 million logits (64 MB in fp32) on a CPU, 64 million on a GPU.
     """
     million = 1 << 20
-    wide, narrow = (64 * million, 8 * million) if head.weight.is_cuda else (16 * million, 2 * million)
-    chunk = chunk or max(1, wide // head.vocab)
-    return chunk, min(chunk, max(1, narrow // head.vocab))
+    wide, narrow = (64 * million, 8 * million) if cuda else (16 * million, 2 * million)
+    chunk = chunk or max(1, wide // vocab)
+    return chunk, min(chunk, max(1, narrow // vocab))
 
 
 @torch.no_grad()
@@ -181,7 +181,7 @@ def each_token(
     """
     head = head.ready(hidden)
     one = lambda s: what(head.logps(head.logits(hidden[s]), temperature), s)
-    return torch.cat([one(s) for s in chunks(len(hidden), tokens_per_chunk(chunk, head)[0])])
+    return torch.cat([one(s) for s in chunks(len(hidden), tokens_per_chunk(chunk, head.vocab, hidden.is_cuda)[0])])
 
 
 def sampled_logps(hidden: Tensor, ids: Tensor, head: Head, temperature: float, chunk: int) -> Tensor:
@@ -222,7 +222,7 @@ class _ThroughHead(torch.autograd.Function):
         grad_w = torch.zeros_like(weight) if need_w else None
         grad_b = torch.zeros_like(bias) if need_b else None
         total, kept = 0.0, []
-        size, piece = tokens_per_chunk(chunk, head)
+        size, piece = tokens_per_chunk(chunk, head.vocab, hidden.is_cuda)
         with torch.autocast(hidden.device.type, enabled=False):
             for s in chunks(len(hidden), size):
                 h = hidden[s].to(w.dtype)

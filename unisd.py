@@ -305,5 +305,5 @@ def divergence_now(model: nn.Module, t: Targets, vocab: int, m: Mechanisms, tall
         ids[s],
         m,
     )
-    flat = torch.cat([each(s) for s in chunks(len(ids), tokens_per_chunk(m.chunk, head)[1])])
+    flat = torch.cat([each(s) for s in chunks(len(ids), tokens_per_chunk(m.chunk, vocab, ids.is_cuda)[1])])
     return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)

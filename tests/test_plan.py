@@ -1,16 +1,24 @@
 """The plan: passes as they really happen, and no download."""
 
 import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
+import bench_model
 import plan
 import train
+from bench_loss import peak_bytes
 from config import RECIPES, make
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+WITH_A_BUDGET = {f"a quarter by {u}": dict(agreement_budget=0.25, uncertainty=u) for u in ("entropy", "divergence")}
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, *WITH_A_BUDGET])
 def test_passes_are_those_of_a_real_step(recipe, tmp_path):
     cfg = make(
-        recipe,
+        recipe if recipe in RECIPES else "unisd-star",
+        **WITH_A_BUDGET.get(recipe, {}),
         out=str(tmp_path),
         steps=1,
         batch=4,
@@ -21,9 +29,9 @@ def test_passes_are_those_of_a_real_step(recipe, tmp_path):
         save_every=0,
     )
     run = train.start(cfg, tmp_path)
-    count = []
+    read = []  # answers read; sampling is what uses a cache
     run.lm.model.model.register_forward_hook(
-        lambda _, args, kwargs, out: count.append(not kwargs["use_cache"]), with_kwargs=True
+        lambda _, args, kwargs, out: read.append(len(out[0]) * (not kwargs["use_cache"])), with_kwargs=True
     )
 
     class Quiet:
@@ -34,7 +42,7 @@ def test_passes_are_those_of_a_real_step(recipe, tmp_path):
 
     with (tmp_path / "log.jsonl").open("w") as log:
         train.train(run, log, Quiet())
-    assert sum(count) == sum(plan.passes_of(cfg).values())  # sampling is what uses a cache
+    assert sum(read) == cfg.batch * sum(plan.passes_of(cfg).values())
 
 
 def test_the_plan_of_a_model_that_is_not_here():
@@ -53,8 +61,40 @@ def test_lora_and_checkpointing_need_less_memory():
 
 
 def test_a_local_folder_is_measured():
-    parameters, layers, hidden = plan.size_of("tiny")
-    assert 0.8e6 < parameters < 1.0e6 and (layers, hidden) == (3, 160)
+    parameters, layers, hidden, vocab = plan.size_of("tiny")
+    assert 0.8e6 < parameters < 1.0e6 and (layers, hidden, vocab) == (3, 160, 776)
+
+
+SHAPES = {
+    "wide": dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, vocab_size=8000),
+    "many words": dict(
+        hidden_size=128, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4, vocab_size=30000
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("recipe", ["sft", "sd", "unisd-star"])
+def test_the_memory_formula_against_a_measured_step(shape, recipe, monkeypatch):
+    """Every tensor that is alive, counted during a step, weights and optimizer included."""
+    config = Qwen2Config(**SHAPES[shape], num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True)
+    monkeypatch.setattr(bench_model, "shaped_model", lambda *_, **__: Qwen2ForCausalLM(config).eval())
+    run = bench_model.shaped_run(recipe, torch.device("cpu"), big=False)
+    run.cfg.max_new_tokens, run.cfg.max_prompt_tokens = 60, 100
+    for x in run.prompts.values():
+        x.update(student=[5] * 100, teacher=[5] * 140, negative=[5] * 140, answer=[7] * 60)
+        x["contexts"] = [[5] * 140 for _ in x["contexts"]]
+    bench_model.steps_of(run, 1)
+    averages = [s for e in (run.average, run.frozen) if e for s in e.shadow.values()]
+    held = [*run.lm.model.parameters(), *averages]
+    held += [v for s in run.optimizer.state.values() for v in s.values()]
+    during = peak_bytes(lambda: bench_model.steps_of(run, 1), torch.device("cpu"), held)
+    measured = during + sum(4 * x.numel() for x in held)
+    parameters = sum(p.numel() for p in run.lm.model.parameters())
+    size = (SHAPES[shape][k] for k in ("num_hidden_layers", "hidden_size", "vocab_size"))
+    ratio = plan.memory(run.cfg, parameters, *size) / measured
+    print(f"{shape}, {recipe}: planned {ratio:.2f} of the measured {measured / 1e6:.0f} MB")
+    assert 0.8 < ratio < 1.3
 
 
 def test_dry_run_writes_nothing(tmp_path, capsys):
