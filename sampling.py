@@ -22,7 +22,14 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation import GenerateDecoderOnlyOutput
 
 # transformers renamed the argument and the output in the middle of its version 5.
@@ -118,8 +125,12 @@ def continuous(
     if draw.noise is not None:
         config.do_sample, config.temperature, config.top_k, config.top_p = True, draw.temperature, 0, 1.0
     prompts = [row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True)]
-    # Named after their order: what comes back is sorted by when it finished.
-    out = model.generate_batch(prompts, generation_config=config)
+    # Pages for these answers and no more: left alone it takes most of the memory that is free, which training needs.
+    page = 256
+    pages = sum(-(-(len(p) + config.max_new_tokens) // page) for p in prompts)
+    how = ContinuousBatchingConfig(block_size=page, num_blocks=pages + 1, max_batch_tokens=max(256, *map(len, prompts)))
+    # Requests are named after their order; what comes back is sorted by when it finished.
+    out = model.generate_batch(prompts, generation_config=config, continuous_batching_config=how)
     rows = [torch.tensor(out[f"req_{i}"].generated_tokens, device=ids.device) for i in range(len(prompts))]
     if any((row >= draw.vocab).any() for row in rows):
         raise ValueError(

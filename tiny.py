@@ -106,10 +106,9 @@ def pretrain(model, tokenizer, steps: int, batch: int = 64, lr: float = 2.5e-3, 
             rows.append(prompt + target)
             labels.append([-100] * len(prompt) + target)
         width = max(map(len, rows))
-        ids = torch.tensor(
-            [x + [0] * (width - len(x)) for x in rows]
-        )  # padded on the right: a causal model never sees it
-        targets = torch.tensor([y + [-100] * (width - len(y)) for y in labels])
+        # Padded on the right: a causal model never sees it.
+        ids = torch.tensor([x + [0] * (width - len(x)) for x in rows], device=model.device)
+        targets = torch.tensor([y + [-100] * (width - len(y)) for y in labels], device=model.device)
         logits = model(input_ids=ids).logits
         loss = torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), ignore_index=-100
@@ -131,9 +130,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hidden", type=int, default=160, help="hidden size, a multiple of 32")
     parser.add_argument("--layers", type=int, default=3, help="transformer layers")
     parser.add_argument("--seed", type=int, default=0, help="weights and lessons")
+    parser.add_argument(
+        "--device", default="cpu", help="cpu, cuda, mps: a larger one (--hidden 512 --layers 8) wants a GPU"
+    )
     args = parser.parse_args(argv)
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer, args.hidden, args.layers, args.seed)
+    model = make_model(tokenizer, args.hidden, args.layers, args.seed).to(args.device)
     pretrain(model, tokenizer, args.steps, seed=args.seed)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)

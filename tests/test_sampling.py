@@ -29,8 +29,8 @@ def test_every_engine_writes_the_same_greedy_tokens(tiny, prompts, engine):
     some = (
         prompts if engine == "static" else prompts[:2]
     )  # continuous batching reserves memory for pages first: slow here
-    ids, mask = generate(tiny, some, 24, 0.0)
-    other, its = generate(replace(tiny, engine=engine), some, 24, 0.0)
+    ids, mask = generate(tiny, prompts, 24, 0.0)
+    other, its = generate(replace(tiny, engine=engine), prompts, 24, 0.0)
     assert mask.equal(its) and (ids * mask).equal(other * its)
 
 
