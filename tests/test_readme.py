@@ -17,20 +17,27 @@ FEWER = {  # script -> flags that make it quick
     "train.py": "--steps 2 --batch 4 --micro-batch 4 --eval-size 1 --train-size 50 --teacher-every 0 --device cpu",
     "eval.py": "--size 1 --device cpu",
     "tiny.py": "--steps 1 --out tiny-again",
+    "bench.py": "--repeats 1 --tokens 64 --vocab 500 --prompts 4 --device cpu",
     "study.py": "--recipes sd --seeds 1 --train --steps 1 --batch 2 --eval-size 1 --train-size 50 --teacher-every 0",
 }
 
 
 def commands():
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    return [line.split("#")[0].strip() for b in blocks for line in b.splitlines() if line.startswith("python")]
+    return [
+        line.split("#")[0].strip() for b in blocks for line in b.splitlines() if line.startswith(("python", "torchrun"))
+    ]
 
 
 def run(command, folder):
-    script, *flags = command.split()[1:]
+    start, words = [sys.executable], command.split()[1:]
+    if command.startswith("torchrun"):
+        start += ["-m", "torch.distributed.run", "--standalone", *words[:2]]
+        words = words[2:]
+    script, *flags = words
     more = FEWER[script].split() if not {"--resume", "--help", "--dry-run"} & set(flags) else []
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    argv = [sys.executable, str(ROOT / script), *flags, *more]
+    argv = [*start, str(ROOT / script), *flags, *more]
     done = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
