@@ -66,21 +66,27 @@ def load_task(cfg: Config) -> tuple[Task, dict]:
     return benchmarks.load_task(cfg.data, train_size=size, test_size=cfg.eval_size, seed=cfg.seed, negatives=negatives)
 
 
-def start(cfg: Config, out: Path) -> Run:
-    """Load everything and check that it can work. Raises ValueError, with the fix, if it cannot."""
-    torch.manual_seed(cfg.seed)
-    place = cfg.device
-    if place in ("auto", "cuda") and torch.cuda.is_available() and parallel.size() > 1:
-        place = f"cuda:{parallel.local_rank()}"  # each process its own
-    device, cfg.dtype, reason = choose_device(place, cfg.dtype)
+def place(cfg: Config) -> tuple[torch.device, Alone]:
+    """Where this process works and with whom. Raises ValueError if the settings do not suit the number of processes."""
+    name = cfg.device
+    if name in ("auto", "cuda") and torch.cuda.is_available() and parallel.size() > 1:
+        name = f"cuda:{parallel.local_rank()}"  # each process its own
+    device, cfg.dtype, reason = choose_device(name, cfg.dtype)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    ranks = parallel.ranks(device)
+    ranks = parallel.ranks()
     print(f"{reason} | torch {torch.__version__} | seed {cfg.seed}" + (f" | {ranks.size} processes" * (ranks.size > 1)))
     if cfg.batch % ranks.size:
         raise ValueError(f"--batch {cfg.batch} must be a multiple of the number of processes ({ranks.size})")
     if cfg.shard and ranks.size == 1:
         raise ValueError("--shard divides the model among processes: start it with torchrun --nproc-per-node 2 or more")
+    return device, ranks
+
+
+def start(cfg: Config, out: Path) -> Run:
+    """Load everything and check that it can work. Raises ValueError, with the fix, if it cannot."""
+    torch.manual_seed(cfg.seed)
+    device, ranks = place(cfg)
     if cfg.preset == "official":
         print("official settings, except:\n  - " + "\n  - ".join(DEPARTURES))
     # Under LoRA nothing of the base is trained: it may lie in bf16. What is trained is always fp32.
@@ -126,7 +132,9 @@ def start(cfg: Config, out: Path) -> Run:
     run = Run(cfg, lm, task, optimizer, average, frozen, ranks=ranks)
     model.eval()
     if cfg.steps:
-        run.prompts, notes = contexts.encode_all(lm.tokenizer, task, cfg, contexts.prepare(lm, task, cfg, out))
+        with whole_layers(model):
+            prepared = contexts.prepare(lm, task, cfg, out)
+        run.prompts, notes = contexts.encode_all(lm.tokenizer, task, cfg, prepared)
         run.usable = list(run.prompts)
         manifest |= notes if manifest else {}
     if manifest:

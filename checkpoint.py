@@ -45,7 +45,9 @@ def claim(cfg: Config) -> Path:
 
 
 # Settings that may change at --resume: they alter what is watched or where it runs, not what is computed.
-FREE = set("resume out device shard save_every sample_every chunk micro_batch max_tokens_per_pass grad_checkpointing".split())
+FREE = set(
+    "resume out device shard save_every sample_every sample_batch chunk micro_batch max_tokens_per_pass grad_checkpointing".split()
+)
 
 
 def check_same(out: Path, cfg: Config) -> None:
@@ -130,7 +132,7 @@ def whole_weights(model) -> dict | None:
     """The whole model's weights where they are sharded; None where they lie in it anyway."""
     if not any(isinstance(p, parallel.DTensor) for p in model.parameters()):
         return None
-    return {n: parallel.full(t).cpu() for n, t in model.state_dict().items()}
+    return {n: parallel.full(t) for n, t in model.state_dict().items()}
 
 
 def state_of(run) -> dict:
@@ -173,7 +175,7 @@ def restore(run) -> None:
     found = all_checkpoints(out)
     if found:
         model = run.lm.model
-        state = torch.load(found[-1] / "state.pt", map_location=run.lm.device, weights_only=True)
+        state = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True)
         weights = state["factors"] or type(model).from_pretrained(found[-1], dtype=torch.float32).state_dict()
         own = model.state_dict()
         weights = {n: parallel.like(t, own[n]) for n, t in weights.items()}
@@ -181,7 +183,8 @@ def restore(run) -> None:
         for n, p in model.named_parameters():
             if n in state["optimizer"]:
                 moments = state["optimizer"][n].items()
-                run.optimizer.state[p] = {k: parallel.like(v, p) if v.shape == p.shape else v for k, v in moments}
+                place = lambda v, p=p: parallel.like(v, p) if v.shape == p.shape else v.to(p.device)
+                run.optimizer.state[p] = {k: place(v) for k, v in moments}
         if run.average:
             shadow = {n: parallel.like(t, run.average.shadow[n]) for n, t in state["ema"]["shadow"].items()}
             run.average.load_state_dict(state["ema"] | {"shadow": shadow})
@@ -254,6 +257,7 @@ def save_bad_batch(run, batch, loss: float, norm: float) -> str:
         }
         for s, t, ids, m in zip(batch.student, batch.teacher, batch.ids, batch.mask, strict=True)
     ]
+    rows = sum(run.ranks.objects(rows), [])  # every process' share
     write_json(
         path,
         {"step": run.step + 1, "loss": repr(loss), "grad_norm": repr(norm), "settings": asdict(run.cfg), "rows": rows},

@@ -136,7 +136,7 @@ class Config(Mechanisms):
     lora_dropout: float = opt(0.0, "dropout before the LoRA factors")
     grad_checkpointing: bool = opt(False, "recompute activations in the backward: less memory, about a third more time")
     shard: bool = opt(False, "divide weights, optimizer and EMA among the processes of torchrun (FSDP2)")
-    device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
+    device: str = opt("auto", "auto, cpu, cuda, cuda:1")
     dtype: str = opt("auto", "matmul precision; weights and optimizer stay fp32", ("auto", "fp32", "bf16"))
     # --- data
     wrong_references: float = opt(0.0, "tiny world: share of training questions whose reference is wrong")

@@ -118,14 +118,12 @@ def demo_text(task: Task, demos: list[Example]) -> str:
 
 
 def written(lm: Loaded, prompts: list[list[int]], cfg) -> list[str]:
-    """Sample from the untouched model with a random state of its own, so that the run's own samples stay what they
+    """Sample from the untouched model with random numbers of its own, so that the run's own samples stay what they
     were.
     """
-    devices = [lm.device] if lm.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(cfg.seed)
-        room = min(cfg.max_new_tokens, lm.context - max(map(len, prompts)))
-        return decode(lm, *generate(lm, prompts, room, cfg.temperature, cfg.sample_batch))
+    room = min(cfg.max_new_tokens, lm.context - max(map(len, prompts)))
+    noise = torch.rand(len(prompts), room, generator=torch.Generator().manual_seed(cfg.seed))
+    return decode(lm, *generate(lm, prompts, room, cfg.temperature, noise))
 
 
 def model_negatives(lm: Loaded, task: Task, cfg) -> list[str]:
@@ -172,9 +170,7 @@ def prepare(lm: Loaded, task: Task, cfg, out: Path) -> dict:
     return made
 
 
-STAMPED = (
-    "seed contexts demos context_kind context_reference retriever negatives temperature max_new_tokens sample_batch"
-).split()
+STAMPED = ("seed contexts demos context_kind context_reference retriever negatives temperature max_new_tokens").split()
 
 
 def encode(tokenizer, task: Task, i: int, cfg, prepared: dict) -> tuple[dict, int]:

@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--max-new-tokens", type=int, default=0, help="longest answer (0 = the task's own)")
     parser.add_argument("--sample-batch", type=int, default=256, help="prompts answered together; bounds memory")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="matmul precision")
     parser.add_argument(
         "--out", default="", help="folder for eval.json, eval.md, eval.png and the answers ('' = only print)"

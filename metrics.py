@@ -105,7 +105,9 @@ def answers(lm: Loaded, prompts: list[list[int]], limit: int, cache: Path | None
         with whole_layers(lm.model):
             ids, mask = generate(lm, prompts if few else prompts[lm.ranks.share(len(prompts))], limit, temperature=0.0)
         return (ids, mask) if few else (lm.ranks.gather(ids), lm.ranks.gather(mask))
-    key = hashlib.sha256(repr((fingerprint(lm), prompts, limit, 0.0, lm.eos, lm.vocab)).encode()).hexdigest()[:24]
+    key = hashlib.sha256(
+        repr((fingerprint(lm), prompts, limit, 0.0, lm.eos, lm.vocab, lm.dtype, lm.engine)).encode()
+    ).hexdigest()[:24]
     file = cache / f"{key}.pt"
     if file.exists():
         ids, mask = torch.load(file, map_location=lm.device, weights_only=True)

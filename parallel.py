@@ -65,28 +65,30 @@ ALONE = Alone()
 
 
 class Ranks(Alone):
-    """The processes that torchrun started."""
+    """The processes that torchrun started. Small things travel over the CPUs (gloo), which notice at once when a process
+    is gone; only gradients and FSDP's layers take the GPUs' own way (NCCL).
+    """
 
-    def __init__(self, device: torch.device):
-        self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
+    def __init__(self):
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def gather(self, x: Tensor) -> Tensor:
         shapes = self.objects(tuple(x.shape))
         room = [max(dims) for dims in zip(*shapes, strict=True)]
-        padded = x.new_zeros(room)
-        padded[tuple(slice(n) for n in x.shape)] = x
+        padded = torch.zeros(room, dtype=x.dtype)
+        padded[tuple(slice(n) for n in x.shape)] = x.cpu()
         out = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(out, padded)
-        return torch.cat([o[: s[0]] for o, s in zip(out, shapes, strict=True)])
+        return torch.cat([o[: s[0]] for o, s in zip(out, shapes, strict=True)]).to(x.device)
 
     def mine(self, x: Tensor, like: Tensor) -> Tensor:
         rows = x[self.share(len(x))]
         return rows[:, : like.shape[1]] if x.dim() > 1 else rows
 
     def total(self, x: Tensor) -> Tensor:
-        x = x.to(self.device, copy=True)
-        dist.all_reduce(x)
-        return x
+        out = x.to("cpu", copy=True)
+        dist.all_reduce(out)
+        return out.to(x.device)
 
     def any(self, flag: bool) -> bool:
         return bool(self.total(torch.tensor(float(flag))) > 0)
@@ -100,13 +102,10 @@ class Ranks(Alone):
         dist.barrier()
 
     def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
-        # A sharded gradient was summed by FSDP already. Every rank must sum the same list: one without a gradient sends 0.
-        waiting = []
-        for p in parameters:
-            if not isinstance(p, DTensor):
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                waiting.append(dist.all_reduce(p.grad, async_op=True))
-        for one in waiting:
+        self.wait()  # a process that is gone is noticed here, and not by a GPU that waits for it
+        # A sharded gradient was summed by FSDP already. Every rank has tokens in every step, so the lists are the same.
+        whole = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+        for one in [dist.all_reduce(g, async_op=True) for g in whole]:
             one.wait()
 
 
@@ -139,20 +138,20 @@ def wait() -> None:
         dist.barrier()
 
 
-def ranks(device: torch.device) -> Alone:
+def ranks() -> Alone:
     """The processes of this run, after `join`."""
-    return Ranks(device) if size() > 1 and dist.is_initialized() else ALONE
+    return Ranks() if size() > 1 and dist.is_initialized() else ALONE
 
 
 @contextmanager
 def one_voice():
-    """Only rank 0 prints, and everyone says goodbye at the end, so that nobody waits."""
-    try:
-        with open(os.devnull, "w") as silence, redirect_stdout(silence) if rank() else nullcontext():
-            yield
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+    """Only rank 0 prints; at the end everyone says goodbye. After an error nobody does: NCCL's goodbye waits for ranks
+    that may be waiting for this one, and the error would never be told.
+    """
+    with open(os.devnull, "w") as silence, redirect_stdout(silence) if rank() else nullcontext():
+        yield
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 LOST = RuntimeError  # torch's DistError is one; gloo raises the plain class
@@ -176,8 +175,8 @@ def shard(model: nn.Module, bf16: bool) -> None:
     mesh = init_device_mesh(kind, (dist.get_world_size(),))
     decoder = model.get_decoder()
     how = dict(mesh=mesh, reshard_after_forward=True)
-    if bf16:
-        how["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if bf16:  # the inputs stay as they are: autocast casts what a product needs, as without sharding
+        how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     whole = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
     for part in [*decoder.layers, decoder]:
         fully_shard(part, ignored_params=whole, **how)
@@ -209,15 +208,21 @@ def whole_layers(model: nn.Module):
 
 
 def full(x):
-    """A sharded tensor made whole; everything else as it is. Every rank must call it."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    """A sharded tensor made whole, for rank 0's file: there on the CPU, elsewhere nothing. Everything else as it is. Every
+    rank must call it. One tensor at a time is whole on the device.
+    """
+    if not isinstance(x, DTensor):
+        return x
+    whole = x.full_tensor()
+    return whole.cpu() if rank() == 0 else whole.new_empty(0)
 
 
 def like(x: Tensor, reference: Tensor) -> Tensor:
-    """A whole tensor divided as the reference is."""
+    """A whole tensor where the reference is, divided as the reference is."""
+    x = x.to(reference.device)
     if not isinstance(reference, DTensor):
         return x
-    return distribute_tensor(x.to(reference.device), reference.device_mesh, reference.placements)
+    return distribute_tensor(x, reference.device_mesh, reference.placements)
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:

@@ -4,15 +4,16 @@ What: steps, model passes per step by mechanism, EMA updates and half-life, and 
 trained and P present parameters, in fp32 and bytes:
 
     memory   4 P weights + 4 N gradients + 8 N Adam + 4 N per average (EMA teacher, frozen copy)
-             + activations of one micro-batch + the head's: 4 V (2 chunk + 7 piece; JSD 14), see reading.py
-             with --shard, all of it but activations and chunk is divided by the number of processes (less the embedding)
+             + activations of one micro-batch + the head's: 4 V (chunk + side + 6 piece; JSD 12), see reading.py
+             with --shard, the first line is divided by the number of processes (less the embedding), and the layers are
+             there whole while answers are sampled and read: 4 P more, 2 P in bf16
     work     2 P per token read, 6 P per token trained (a third more with gradient checkpointing), 2 P per token sampled
 
 The time is that work divided by a speed that is measured on the spot with a matrix product, times how much of it
 language models usually reach. It is an estimate, within a factor of two or three: the first minute of the run itself
 knows better.
 
-Depends on config.py, ema.py, reading.py, rollout.py.   Try it:  python -m pytest tests/test_plan.py -q
+Depends on config.py, ema.py, parallel.py, reading.py, rollout.py.   Try it:  python -m pytest tests/test_plan.py -q
 """
 
 import time
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import parallel
 from config import Config
 from ema import half_life
 from reading import tokens_per_chunk
@@ -113,13 +115,14 @@ def describe(cfg: Config) -> str:
             [*lines, "memory and time: unknown until the model is downloaded (give a folder or a short name)"]
         )
     parameters = size[0]
-    needed = memory(cfg, *size, bf16=dtype == "bf16", cuda=device.type == "cuda")
+    needed = memory(cfg, *size, bf16=dtype == "bf16", processes=parallel.size())
     lines.append(f"memory: about {needed / 2**30:.1f} GiB, of {parameters / 1e6:.0f} M parameters")
     speed = flops_per_second(device, torch.bfloat16 if dtype == "bf16" else torch.float32)
     tokens = cfg.batch * (min(cfg.max_prompt_tokens, 300) + cfg.max_new_tokens / 4)  # typical lengths, not the longest
     read, trained = sum(found.values()) - 1, 4 if cfg.grad_checkpointing else 3
     seconds = 2 * parameters * tokens * (read + trained) / (REACHED * speed)
     seconds += 2 * parameters * cfg.batch * cfg.max_new_tokens / 4 / (SAMPLING * speed)
+    seconds /= parallel.size()
     lines.append(
         f"time: very roughly {seconds:.1f} s a step" + (f", {cfg.steps * seconds / 60:.0f} min" if cfg.steps else "")
     )
@@ -127,7 +130,7 @@ def describe(cfg: Config) -> str:
 
 
 def memory(
-    cfg: Config, parameters: float, layers: int, hidden: int, vocab: int, bf16: bool = False, cuda: bool = False
+    cfg: Config, parameters: float, layers: int, hidden: int, vocab: int, bf16: bool = False, processes: int = 1
 ) -> float:
     """Bytes on the device at the peak of the update, roughly: the formula at the top of the file."""
     # LoRA on the seven projections of a layer: about rank * 2 * (4 H + 3 * 3 H) parameters.
@@ -139,8 +142,12 @@ def memory(
     # Bytes kept per token, layer and hidden unit for the backward; under autocast some stay fp32.
     kept = 4 if cfg.grad_checkpointing else 68 if bf16 else 96
     answers = cfg.micro_batch * cfg.max_new_tokens
-    chunk, piece = (min(n, answers) for n in tokens_per_chunk(cfg.chunk, vocab, cuda))
-    # Tensors of (chunk, V), and of (piece, V) inside the formula.
-    tensors = (1, 4) if not cfg.uses_teacher else (2, 14) if cfg.divergence == "jsd" else (2, 7)
-    head = 4 * vocab * (tensors[0] * chunk + tensors[1] * piece)
-    return 4 * parameters + 12 * trained + 4 * trained * averages + tokens * layers * hidden * kept + head
+    chunk, side, piece = (min(n, answers) for n in tokens_per_chunk(cfg.chunk, vocab))
+    # Tensors of (piece, V) inside the formula.
+    inside = 4 if not cfg.uses_teacher else 12 if cfg.divergence == "jsd" else 6
+    head = 4 * vocab * (chunk + cfg.uses_teacher * side + inside * piece)
+    weights = (2 if bf16 and cfg.lora_rank else 4) * parameters
+    held = weights + 12 * trained + 4 * trained * averages
+    if cfg.shard:  # and, while answers are sampled and read, the layers once more, whole
+        held = held / processes + (2 if bf16 else 4) * parameters
+    return held + tokens * layers * hidden * kept + head

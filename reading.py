@@ -160,16 +160,18 @@ def score(
     return [torch.zeros(mask.shape, dtype=wide, device=ids.device) if o is None else o for o in out]  # None: no rows
 
 
-def tokens_per_chunk(chunk: int, vocab: int, cuda: bool) -> tuple[int, int]:
-    """How many tokens go through the head together, and how many of those through a formula. -> (chunk, piece).
+def tokens_per_chunk(chunk: int, vocab: int) -> tuple[int, int, int]:
+    """How many tokens go through the student's head together, through the teacher's beside it, and through a formula.
+    -> (chunk, side, piece), each a multiple of the next.
 
-    A matrix product wants many tokens: it reads the whole head for each chunk. A formula makes a dozen tensors of (piece,
-    V) and wants few. chunk 0 = as many as make 16 million logits (64 MB in fp32) on a CPU, 64 million on a GPU.
+    A matrix product wants many tokens: it reads the whole head for each chunk, and the student's gradient of the head is
+    written once a chunk. A formula makes a dozen or two tensors of (piece, V) and wants few. chunk 0 = about 40 million
+    logits (160 MB in fp32), half of that, and a thirty-second.
     """
-    million = 1 << 20
-    wide, narrow = (64 * million, 8 * million) if cuda else (16 * million, 2 * million)
-    chunk = chunk or max(1, wide // vocab)
-    return chunk, min(chunk, max(1, narrow // vocab))
+    if chunk:
+        return chunk, chunk, chunk
+    piece = max(1, 1_250_000 // vocab)
+    return 32 * piece, 16 * piece, piece
 
 
 @torch.no_grad()
@@ -180,8 +182,13 @@ def each_token(
     -> (N,).
     """
     head = head.ready(hidden)
-    one = lambda s: what(head.logps(head.logits(hidden[s]), temperature), s)
-    return torch.cat([one(s) for s in chunks(len(hidden), tokens_per_chunk(chunk, head.vocab, hidden.is_cuda)[0])])
+    size, _, piece = tokens_per_chunk(chunk, head.vocab)
+    out = []
+    for s in chunks(len(hidden), size):
+        logits = head.logits(hidden[s])
+        for q in chunks(len(logits), piece):
+            out.append(what(head.logps(logits[q], temperature), slice(s.start + q.start, s.start + q.stop)))
+    return torch.cat(out) if out else hidden.new_zeros(0)
 
 
 def sampled_logps(hidden: Tensor, ids: Tensor, head: Head, temperature: float, chunk: int) -> Tensor:
@@ -203,7 +210,8 @@ def through_head(
     the teacher's logits (n, V) or None, slice of the N tokens) -> (loss (), {name: (n,)}).
     The gradient of a chunk is taken before the next chunk exists: with respect to its *logits* by autograd, piece by
     piece, so every formula of losses.py stands once, and from there by hand, because the head is linear: two products.
-    Peak memory: two tensors of (chunk, V) and a dozen of (piece, V), whatever N is.
+    Peak memory: a tensor of (chunk, V), one of (side, V) and a dozen or two of (piece, V), whatever N is. Under bf16
+    autocast there are also a cast of each head and one product of the head's size.
     """
     values: dict = {}
     if not torch.is_grad_enabled():
@@ -222,17 +230,20 @@ class _ThroughHead(torch.autograd.Function):
         grad_w = torch.zeros_like(weight) if need_w else None
         grad_b = torch.zeros_like(bias) if need_b else None
         total, kept = 0.0, []
-        size, piece = tokens_per_chunk(chunk, head.vocab, hidden.is_cuda)
+        size, side, piece = tokens_per_chunk(chunk, head.vocab)
         with torch.autocast(hidden.device.type, enabled=False):
             for s in chunks(len(hidden), size):
                 h = hidden[s].to(w.dtype)
-                logits = ready.logits(h)
-                others = beside[1].logits(beside[0][s]) if beside else None
+                logits, others = ready.logits(h), None
                 for q in chunks(len(h), piece):
+                    of = slice(s.start + q.start, s.start + q.stop)
+                    at = q.start % side
+                    if beside and at == 0:
+                        others = None  # before the next ones are made
+                        others = beside[1].logits(beside[0][of.start : min(of.start + side, s.stop)])
                     some = logits[q].detach().requires_grad_(need_h or need_w or need_b)
                     with torch.enable_grad():
-                        of = slice(s.start + q.start, s.start + q.stop)
-                        part, out = terms(some, others[q] if beside else None, of)
+                        part, out = terms(some, others[at : at + piece] if beside else None, of)
                     total = total + part.detach()
                     kept.append(out)
                     if some.requires_grad and part.requires_grad:
@@ -248,7 +259,7 @@ class _ThroughHead(torch.autograd.Function):
                     grad_w[: head.vocab] += logits.T @ h
                 if need_b:
                     grad_b[: head.vocab] += logits.sum(0)
-                del logits, others  # before the next chunk's are made
+                del logits, others, some, part  # before the next chunk's are made; `some` is a view
         values.update({k: torch.cat([out[k] for out in kept]) for k in kept[0]})
         ctx.save_for_backward(grad_h, grad_w, grad_b)
         return total

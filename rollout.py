@@ -50,13 +50,15 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, str, str]:
     """
     reason = why = "given"
     if device == "auto":
-        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        reason = {"cuda": "a CUDA device is there", "mps": "an Apple GPU is there", "cpu": "no GPU is there"}[found]
-        device = found
+        device, reason = (
+            ("cuda", "a CUDA device is there") if torch.cuda.is_available() else ("cpu", "no CUDA device is there")
+        )
     try:
         place = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"--device {device} does not exist; use auto, cpu, cuda, cuda:1 or mps") from error
+        raise ValueError(f"--device {device} does not exist; use auto, cpu, cuda or cuda:1") from error
+    if place.type not in ("cpu", "cuda"):  # Apple's has no float64, which drawing a token needs
+        raise ValueError(f"--device {device} is not supported; use auto, cpu, cuda or cuda:1")
     if place.type == "cuda" and (not torch.cuda.is_available() or (place.index or 0) >= torch.cuda.device_count()):
         raise ValueError(
             f"--device {device}: no such CUDA device; there are {torch.cuda.device_count()}; use cpu or auto"
@@ -201,6 +203,10 @@ def generate(
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the model's context of {lm.context}: "
             "lower --max-new-tokens, or shorten the prompts with --max-prompt-tokens"
+        )
+    if lm.dtype == "bf16" and lm.engine != "compact":
+        raise ValueError(
+            f"--engine {lm.engine} with --dtype bf16: it does not see autocast's types; use --engine compact or --dtype fp32"
         )
     if temperature > 0 and noise is None:
         noise = torch.rand(len(prompts), max_new_tokens)

@@ -1,15 +1,16 @@
 """study.py - the paper's table in miniature: recipes x seeds x settings on the tiny world, one command, resumable.
 
-    python study.py --quick                      a first look: 5 recipes, 2 seeds
-    python study.py                              every recipe, 3 seeds, clean references
-    python study.py --settings clean wrong       also with 35 % wrong references
+    python study.py --quick                      a first look: 4 recipes, 2 seeds, under 10 minutes on 2 cores
+    python study.py                              the full study: 5 seeds, under 3 hours on 2 cores
+    python study.py --recipes budget-10 budget-50 --settings clean wrong       further rows join the same table
 
 Every cell of the table is one ordinary `python train.py` run in a process of its own, with one thread, at most one per
 core. A cell is done when its summary.json is there, so the study can be stopped at any moment and started again with
-the same command. Results are written after every cell: <out>/table.md, <out>/table.json. Nothing is chosen by looking
-at the result: every run that was asked for is in the table, failures too.
+the same command. Results are written after every cell: <out>/table.md, <out>/table.json; at the end report.py adds
+figures and the page of claims. Nothing is chosen by looking at the result: whatever is finished under <out>/runs is in
+the table, and what failed is named below it.
 
-Depends on config.py; train.py as a command.   Try it:  python -m pytest tests/test_study.py -q
+Depends on config.py; train.py and report.py as commands.   Try it:  python -m pytest tests/test_study.py -q
 """
 
 import argparse
@@ -22,6 +23,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from tqdm import tqdm
@@ -57,7 +59,17 @@ ROWS: dict[str, list[str]] = {r: ["--recipe", r] for r in RECIPES if r != "privi
     "agree-token-gamma0.1": ["--recipe", "agree-token", "--gamma", "0.1"],
     "agree-token-gamma10": ["--recipe", "agree-token", "--gamma", "10"],
 }
-QUICK = ["sft", "ssd", "sd", "ema", "unisd-star"]
+QUICK, QUICK_SEEDS = ["sft", "ssd", "sd", "unisd-star"], 2
+ABLATION = ["star-no-ema", "star-no-agreement", "star-no-contrast", "star-no-match"]
+BUDGET = ["budget-25", "budget-25-random"]
+FULL: dict[str, list[str]] = {  # the full study: what fits into 3 hours on 2 cores with 5 seeds
+    "clean": [*(r for r in RECIPES if r != "privileged"), *ABLATION, "official-agree-seq", "official-star", *BUDGET],
+    "wrong": ["sft", "sd", "unisd-star", "star-no-agreement", *BUDGET],
+    "small": ["sft", "sd"],
+    "hot": ["sft", "sd"],
+}
+# About how long a run takes, seconds of one core (AMD EPYC); the others: see expected().
+SECONDS = {"raw": 10, "sft": 60, "ssd": 90, "star-no-agreement": 125}
 # Two-sided 95 % quantiles of Student's t for 1 ... 9 degrees of freedom: with few seeds the normal 1.96 would be far
 # too sure.
 STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
@@ -65,36 +77,114 @@ STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 @dataclass(frozen=True)
 class Cell:
+    """One run: a row of ROWS in a world of SETTINGS with a seed."""
+
     setting: str
-    recipe: str
+    row: str
     seed: int
 
     def folder(self, out: Path) -> Path:
-        return out / "runs" / self.setting / f"{self.recipe}-seed{self.seed}"
+        return out / "runs" / self.setting / f"{self.row}-seed{self.seed}"
+
+    def done(self, out: Path) -> bool:
+        return (self.folder(out) / "summary.json").exists()
+
+    def expected(self) -> int:
+        """Seconds of one core that the run takes, roughly: contexts are what is expensive."""
+        if self.row in SECONDS:
+            return SECONDS[self.row]
+        return 150 if "budget" in self.row else 190 if "star" in self.row or "agree" in self.row else 110
+
+
+# --- running
 
 
 def run(cell: Cell, out: Path, extra: list[str]) -> str:
-    """One training run; goes on where an interrupted one stopped. -> "" or why it failed."""
+    """One training run; goes on where an interrupted one stopped. -> "" or why it failed, also in failed.txt there."""
     folder = cell.folder(out)
-    if (folder / "summary.json").exists():
-        return ""
-    command = [sys.executable, "train.py", *ROWS[cell.recipe], "--seed", str(cell.seed), "--out", str(folder)]
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "train.py", *ROWS[cell.row], "--seed", str(cell.seed), "--out", str(folder)]
     command += [*SETTINGS[cell.setting], "--sample-every", "0", "--teacher-every", "60", *extra]
     if (folder / "settings.json").exists():
         command.append("--resume")
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=Path(__file__).parent, env=env, capture_output=True, text=True, check=False)
-    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1]
+    why = "" if done.returncode in (0, 130) else (done.stderr.strip().splitlines() or ["no message"])[-1]
+    if why:  # 130: stopped by hand
+        (folder / "failed.txt").write_text(why + "\n")
+    else:
+        (folder / "failed.txt").unlink(missing_ok=True)
+    return why
 
 
-def result(cell: Cell, out: Path) -> dict | None:
-    """The numbers of one finished cell."""
-    path = cell.folder(out) / "summary.json"
-    if not path.exists():
-        return None
-    s = json.loads(path.read_text())
-    rows = [json.loads(line) for line in path.with_name("log.jsonl").read_text().splitlines()]
-    seconds = [sum(v for k, v in r.items() if k.startswith("s_")) for r in rows]
+def clock(seconds: float) -> str:
+    """90 -> "2 min", 7300 -> "2 h 02 min"."""
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
+
+
+def run_all(cells: list[Cell], out: Path, jobs: int, extra: list[str]) -> list[Cell]:
+    """Run what is missing; the table is written after every cell. -> the cells that failed."""
+    todo, failed, finished = [c for c in cells if not c.done(out)], [], 0
+    total, begun = sum(c.expected() for c in todo), time.perf_counter()
+    print(f"{len(cells)} runs, {len(todo)} to do, {jobs} at a time: about {clock(total / jobs)} on an idle machine")
+    look = "{l_bar}{bar}| {n_fmt}/{total_fmt} runs, {elapsed}{postfix}"
+    with (
+        ThreadPoolExecutor(jobs) as pool,
+        tqdm(total=len(cells), initial=len(cells) - len(todo), bar_format=look) as bar,
+    ):
+        futures = {pool.submit(run, c, out, extra): c for c in todo}
+        bar.set_postfix_str(f"about {clock(total / jobs)} left")
+        try:
+            for future in as_completed(futures):
+                cell = futures[future]
+                if future.result():
+                    failed.append(cell)
+                    bar.write(f"{cell.setting}/{cell.row}, seed {cell.seed}: {future.result()}")
+                # The estimate learns from this machine: seconds used per second expected, so far.
+                finished += cell.expected()
+                pace = (time.perf_counter() - begun) * jobs / finished
+                bar.set_postfix_str(f"about {clock((total - finished) / jobs * pace)} left")
+                bar.update()
+                write(read(out), out)
+        except KeyboardInterrupt:  # what runs now stops by itself or finishes; nothing further is begun
+            pool.shutdown(cancel_futures=True)
+            raise
+    return failed
+
+
+# --- reading: runs -> numbers
+
+
+def read(out: Path) -> dict:
+    """Every finished run under <out>/runs, whoever asked for it. -> {setting: {row: {seed: numbers}}}
+
+    worst_family is added to the numbers: the change of the family that does worst against the `sd` run of the same seed.
+    """
+    found: dict = {}
+    for path in out.glob("runs/*/*-seed*/summary.json"):
+        row, seed = path.parent.name.rsplit("-seed", 1)
+        if seed.isdigit():
+            rows = found.setdefault(path.parents[1].name, {})
+            rows.setdefault(row, {})[int(seed)] = numbers(path, path.stat().st_mtime_ns)
+    for rows in found.values():
+        plain = {seed: cell["by_task"] for seed, cell in rows.get("sd", {}).items()}
+        for cells, seed in ((c, k) for c in rows.values() for k in c.keys() & plain.keys()):
+            worst = min(v - plain[seed].get(f, math.nan) for f, v in cells[seed]["by_task"].items())
+            cells[seed] = cells[seed] | {"worst_family": worst}
+    place = lambda known: lambda name: (known.index(name) if name in known else len(known), name)
+    settings, order = place(list(SETTINGS)), place(list(ROWS))
+    return {s: {r: found[s][r] for r in sorted(found[s], key=order)} for s in sorted(found, key=settings)}
+
+
+@cache  # with the time stamp: the study asks again after every run
+def numbers(path: Path, stamp: int) -> dict:
+    """One finished run: its summary, and what its log adds (times, gradient norms, curves)."""
+    s, log = json.loads(path.read_text()), path.with_name("log.jsonl")
+    steps = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    seconds = statistics.median(sum(v for k, v in r.items() if k[:2] == "s_") for r in steps) if steps else math.nan
+    norms = sorted(r["grad_norm"] for r in steps[len(steps) // 10 :]) or [math.nan]  # without the warm-up
+    curves = ("student_accuracy", "teacher_accuracy", "div")
     return {
         "accuracy": s["after"]["accuracy"],
         "gain": s["after"]["accuracy"] - s["before"]["accuracy"],
@@ -102,14 +192,17 @@ def result(cell: Cell, out: Path) -> dict | None:
         "jsd": s["after"]["jsd_to_base"],
         "retention_ppl": s["after"]["retention_ppl"],
         "reverse_ppl": s["after"]["reverse_ppl"],
-        "step_seconds": statistics.median(seconds) if seconds else math.nan,
-        "by_task": s["after"]["by_task"],
+        "step_seconds": seconds,
+        "grad_norm_95": norms[int(0.95 * (len(norms) - 1))],
         "before": s["before"]["accuracy"],
         "ceiling": s["ceiling"]["accuracy"],
+        "by_task": s["after"]["by_task"],
+        "steps": s["steps"],
+        "curves": {k: {r["step"]: r[k] for r in steps if r.get(k) is not None} for k in curves},
     }
 
 
-def spread(values: list[float]) -> tuple[float, float]:
+def spread(values) -> tuple[float, float]:
     """Mean and half-width of its 95 % interval (Student's t over the seeds); nan with a single seed."""
     values = [v for v in values if v == v]  # a recipe of 0 steps has no time per step: nan
     n = len(values)
@@ -118,113 +211,134 @@ def spread(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), STUDENT_T[min(n - 2, 8)] * statistics.stdev(values) / math.sqrt(n)
 
 
-def summarise(cells: list[Cell], out: Path, failed: dict[Cell, str]) -> dict:
-    """{setting: {recipe: {metric: (mean, half-width)}}} over the seeds that are done."""
+def times_sft(rows: dict, row: str) -> tuple[float, float, float]:
+    """Step time relative to sft: median over the seeds, lowest, highest; nan without sft. Medians, since a run beside
+    other work may take twice its time.
+    """
+    of = lambda r: [v for c in rows.get(r, {}).values() if (v := c["step_seconds"]) == v] or [math.nan]
+    unit = statistics.median(of("sft"))
+    return statistics.median(of(row)) / unit, min(of(row)) / unit, max(of(row)) / unit
+
+
+# --- writing: numbers -> the table
+
+
+def summarise(found: dict) -> dict:
+    """{setting: {row: {metric: (mean, half-width)}}} over the seeds that are done."""
+    plain = "accuracy gain ood jsd retention_ppl reverse_ppl step_seconds before ceiling".split()
     table: dict = {}
-    for cell in cells:
-        table.setdefault(cell.setting, {}).setdefault(cell.recipe, []).append(result(cell, out))
-    for setting, recipes in table.items():
-        for recipe, found in recipes.items():
-            done = [r for r in found if r]
-            metrics = (
-                "accuracy",
-                "gain",
-                "ood",
-                "jsd",
-                "retention_ppl",
-                "reverse_ppl",
-                "step_seconds",
-                "before",
-                "ceiling",
-            )
-            row = {k: spread([r[k] for r in done]) for k in metrics}
-            row["by_task"] = {
-                f: spread([r["by_task"][f] for r in done])[0] for f in (done[0]["by_task"] if done else ())
-            }
-            row["seeds"] = len(done)
-            row["failed"] = [why for c, why in failed.items() if (c.setting, c.recipe) == (setting, recipe)]
-            recipes[recipe] = row
+    for setting, rows in found.items():
+        for row, cells in rows.items():
+            done = list(cells.values())
+            mean = {k: spread(c[k] for c in done) for k in plain}
+            families = {f: spread(c["by_task"][f] for c in done)[0] for f in done[0]["by_task"]}
+            more = {"by_task": families, "step_time_of_sft": times_sft(rows, row), "seeds": len(done)}
+            table.setdefault(setting, {})[row] = mean | more | {"steps": sorted({c["steps"] for c in done})}
     return table
 
 
-def markdown(table: dict) -> str:
+def failures(out: Path, setting: str) -> list[str]:
+    """What failed and has not succeeded since, with its last message."""
+    bad = sorted(p for p in out.glob(f"runs/{setting}/*/failed.txt") if not p.with_name("summary.json").exists())
+    return [f"- failed: {p.parent.name}: {p.read_text().strip()}" for p in bad]
+
+
+def markdown(table: dict, out: Path) -> str:
     """The table as the README shows it: mean ± half a 95 % interval over seeds."""
-    lines = []
-    for setting, recipes in table.items():
-        families = list(next((r["by_task"] for r in recipes.values() if r["by_task"]), {}))
-        sft = recipes.get("sft", {}).get("step_seconds", (math.nan,))[0]
-        lines += [f"### {setting}: `{' '.join(SETTINGS[setting]) or 'no extra flags'}`", ""]
-        lines.append(
-            "| recipe | accuracy | OOD | JSD to base | retention PPL | step time / SFT | "
-            + " | ".join(families)
-            + " | seeds |"
-        )
-        lines.append("|---" * (7 + len(families)) + "|")
-        for recipe, r in recipes.items():
-            pm = lambda k, d, r=r: f"{r[k][0]:.{d}f}" + (f" ± {r[k][1]:.{d}f}" if r[k][1] == r[k][1] else "")
-            cost = (
-                f"{r['step_seconds'][0] / sft:.1f}"
-                if sft == sft and r["step_seconds"][0] == r["step_seconds"][0]
-                else "–"
-            )
-            cells = [pm("accuracy", 1), pm("ood", 1), pm("jsd", 4), pm("retention_ppl", 2), cost]
-            cells += [f"{r['by_task'].get(f, math.nan):.0f}" for f in families]
-            lines.append(
-                f"| {recipe} | "
-                + " | ".join(cells)
-                + f" | {r['seeds']}{' (failed: ' + r['failed'][0] + ')' if r['failed'] else ''} |"
-            )
-        lines.append("")
+    lines = [
+        "Mean ± half of a 95 % interval over seeds (Student's t). Accuracy, gain over the base, OOD and families in per cent "
+        "of held-out questions; JSD in nats per token; step time: median over seeds, divided by that of `sft`.",
+        "",
+    ]
+    pm = lambda v, d: f"{v[0]:,.{d}f}" + (f" ± {v[1]:,.{d}f}" if v[1] == v[1] else "")
+    for setting in dict.fromkeys([*table, *sorted(p.name for p in out.glob("runs/*"))]):
+        rows, failed = table.get(setting, {}), failures(out, setting)
+        if not rows and not failed:
+            continue
+        steps = sorted({n for r in rows.values() for n in r["steps"] if n})
+        lines += [f"### {setting}: `{' '.join(SETTINGS.get(setting, ())) or 'no extra flags'}`", ""]
+        if len(steps) > 1:
+            lines += [f"**Runs of different length ({steps} steps) are mixed here.**", ""]
+        families = list(dict.fromkeys(f for r in rows.values() for f in r["by_task"]))
+        head = [
+            "recipe",
+            "accuracy",
+            "gain",
+            "OOD",
+            "JSD to base",
+            "retention PPL",
+            "step time / SFT",
+            *families,
+            "seeds",
+        ]
+        for i, (row, r) in enumerate(rows.items()):
+            lines += [] if i else ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+            cost, ppl = r["step_time_of_sft"][0], r["retention_ppl"]
+            cells = [row, pm(r["accuracy"], 1), f"{r['gain'][0]:+.1f}", pm(r["ood"], 1), pm(r["jsd"], 4)]
+            cells += [pm(ppl, 2 if ppl[0] < 100 else 0), f"{cost:.1f}" if cost == cost else "–"]
+            cells += [f"{r['by_task'][f]:.0f}" if f in r["by_task"] else "–" for f in families]
+            lines.append("| " + " | ".join([*cells, str(r["seeds"])]) + " |")
+        lines += ([""] if rows else []) + failed + ([""] if failed else [])
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run what is missing, then write the table."""
-    parser = argparse.ArgumentParser(
-        prog="study.py", description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--recipes", nargs="+", choices=ROWS, default=list(ROWS), help="rows of the table")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["clean"], help="what the world is like")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 ... N-1")
-    parser.add_argument("--out", default="results", help="where the table and the runs go")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
-    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}, two seeds")
-    parser.add_argument(
-        "--train", nargs=argparse.REMAINDER, default=[], help="further flags for train.py, last on the line"
-    )
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.recipes, args.seeds = QUICK, 2
-    out, failed = Path(args.out).resolve(), {}  # absolute: the runs have this folder as their own
-    # Seeds first, so that a study stopped early has whole columns of few seeds rather than few recipes of many.
-    cells = [Cell(s, r, seed) for seed in range(args.seeds) for s in args.settings for r in args.recipes]
-    todo = [c for c in cells if result(c, out) is None]
-    begun = time.perf_counter()
-    with (
-        ThreadPoolExecutor(max(1, args.jobs)) as pool,
-        tqdm(total=len(cells), initial=len(cells) - len(todo), unit="run") as bar,
-    ):
-        futures = {pool.submit(run, c, out, args.train): c for c in todo}
-        for future in as_completed(futures):
-            cell = futures[future]
-            if future.result():
-                failed[cell] = future.result()
-                bar.write(f"{cell.setting}/{cell.recipe}, seed {cell.seed}: {failed[cell]}")
-            bar.update()
-            write(summarise(cells, out, failed), out)
-    text = write(summarise(cells, out, failed), out)
-    print(f"\n{text}\n{len(cells)} runs, {time.perf_counter() - begun:.0f} s -> {out / 'table.md'}")
-    return 1 if failed else 0
-
-
-def write(table: dict, out: Path) -> str:
+def write(found: dict, out: Path) -> str:
+    """<out>/table.md and table.json, each replaced in one go. -> the former."""
     out.mkdir(parents=True, exist_ok=True)
-    text = markdown(table)
+    table = summarise(found)
+    text = markdown(table, out)
     for name, content in (("table.md", text), ("table.json", json.dumps(table, indent=1).replace("NaN", "null"))):
         new = out / (name + ".new")
         new.write_text(content + "\n")
         os.replace(new, out / name)
     return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what is missing, then write the table, the figures and the page of claims. Stop it whenever you like: the
+    same command goes on. Without flags: the full study, 5 seeds, under 3 hours on 2 cores; what it leaves out
+    (further budgets, K, gamma, star-clip) can be asked for by --recipes and joins the same table.
+    """
+    parser = argparse.ArgumentParser(prog="study.py", description=main.__doc__)
+    rows = f"rows of the table (default: those of the full study): {', '.join(ROWS)}"
+    parser.add_argument("--recipes", nargs="+", choices=ROWS, metavar="ROW", help=rows)
+    parser.add_argument(
+        "--settings", nargs="+", choices=SETTINGS, help="what the world is like (default: all; with --recipes: clean)"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 ... N-1 (default: %(default)s)")
+    parser.add_argument("--out", default="results", help="where table, figures and runs go (default: %(default)s)")
+    cores = os.cpu_count() or 1
+    parser.add_argument(
+        "--jobs", type=int, default=cores, help="runs at a time, one thread each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"{', '.join(QUICK)} in clean, {QUICK_SEEDS} seeds: under 10 minutes on 2 cores",
+    )
+    parser.add_argument(
+        "--train", nargs=argparse.REMAINDER, default=[], help="further flags for train.py, last on the line"
+    )
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.recipes, args.seeds = QUICK, QUICK_SEEDS
+    settings = args.settings or (["clean"] if args.recipes else list(FULL))
+    # Seeds first, so that a study stopped early has whole columns of few seeds rather than few recipes of many.
+    cells = [Cell(s, r, k) for k in range(args.seeds) for s in settings for r in args.recipes or FULL[s]]
+    out, begun = Path(args.out).resolve(), time.perf_counter()  # absolute: the runs have this folder as their own
+    try:
+        failed = run_all(cells, out, max(1, args.jobs), args.train)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on")
+        return 130
+    found = read(out)
+    print(
+        f"\n{write(found, out)}\n{len(cells)} runs, {time.perf_counter() - begun:.0f} s -> {out / 'table.md'}",
+        flush=True,
+    )
+    if found:
+        subprocess.run([sys.executable, "report.py", str(out)], cwd=Path(__file__).parent, check=True)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

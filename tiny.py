@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=3, help="transformer layers")
     parser.add_argument("--seed", type=int, default=0, help="weights and lessons")
     parser.add_argument(
-        "--device", default="cpu", help="cpu, cuda, mps: a larger one (--hidden 512 --layers 8) wants a GPU"
+        "--device", default="cpu", help="cpu or cuda: a larger one (--hidden 512 --layers 8) wants a GPU"
     )
     args = parser.parse_args(argv)
     tokenizer = make_tokenizer()

@@ -176,7 +176,7 @@ def summarise(run: Run, t: Targets, values: list[dict], loss: float, norm: float
     sequences = {"length": t.batch.mask.sum(1), "eos": metrics.ended(run.lm, t.batch.ids, t.batch.mask)}
     counted = {k: torch.tensor(float(v)) for k, v in tally.items()}
     sums = [m.sum(), torch.tensor(len(m)), *(v.sum() for v in (tokens | sequences | counted).values())]
-    n, b, *sums = run.ranks.total(torch.stack([s.double().cpu() for s in sums])).tolist()
+    n, b, *sums = run.ranks.total(torch.stack([s.cpu().double() for s in sums])).tolist()
     row = {"step": run.step, "loss": loss, "grad_norm": norm, "lr": run.optimizer.param_groups[0]["lr"]}
     for k, s in zip(tokens | sequences | counted, sums, strict=True):
         row[k] = s / n if k in tokens else s / b if k in sequences else int(s)
@@ -226,13 +226,13 @@ def main(cfg: Config) -> dict:
 
 OUT_OF_MEMORY = (
     "the device is out of memory; the last checkpoint is whole. Go on with --resume and a lower --micro-batch or "
-    "--max-tokens-per-pass, or with --grad-checkpointing (none changes the result); in a new run, also try a lower --sample-batch"
+    "--max-tokens-per-pass or --sample-batch, or with --grad-checkpointing (none changes the result)"
 )
 
 
 OTHERS_GONE = (
-    "another process of this run ended, or cannot be reached any more; the last checkpoint is whole. Go on with the same "
-    "torchrun command and --resume (the number of processes may be another one)"
+    "another process of this run ended, or cannot be reached any more ({}): its own message, if it left one, says why. The last "
+    "checkpoint, if one was written, is whole: go on with the same torchrun command and --resume, under any number of processes"
 )
 
 
@@ -251,7 +251,7 @@ def cli(argv: list[str] | None = None) -> int:
     except parallel.LOST as error:
         if not parallel.lost(error):
             raise
-        print(f"train.py: {OTHERS_GONE}", file=sys.stderr)
+        print(f"train.py: {OTHERS_GONE.format(str(error).splitlines()[0])}", file=sys.stderr)
         return 3
     except (ValueError, FloatingPointError, checkpoint.DiskFull) as error:
         print(f"train.py: {error}", file=sys.stderr)

@@ -127,6 +127,7 @@ class Targets:
     c: Tensor | None = None  # (B, T) coefficient of the divergence
     a: Tensor | None = None  # (B, T) coefficient of everything else
     ceiling: float | Tensor | None = None  # where the divergence is clipped
+    now: Tensor | None = None  # (B, T) the divergence before the update, once something asked for it
 
     def rows(self, b: slice) -> dict[str, Tensor | None]:
         """The sequences `b`, as flat unmasked tokens: what unisd_loss takes."""
@@ -186,7 +187,7 @@ def score_teachers(
         if at_once:
             t.weights = reliability(torch.stack(scores[len(readings) :]), batch.mask, m, ranks)
         elif m.uses_agreement:
-            some = least_certain(model, t, vocab, m, ranks)
+            some = least_certain(model, t, vocab, m, ranks, tally)
             with teacher():
                 scores = score(model, contexts(some), batch.ids, batch.mask, m.max_tokens_per_pass, tally)
             scored = torch.zeros_like(batch.mask)
@@ -198,7 +199,9 @@ def score_teachers(
     return t
 
 
-def least_certain(model: nn.Module, t: Targets, vocab: int, m: Mechanisms, ranks: Alone = ALONE) -> list[int]:
+def least_certain(
+    model: nn.Module, t: Targets, vocab: int, m: Mechanisms, ranks: Alone = ALONE, tally: dict | None = None
+) -> list[int]:
     """The sequences whose contexts are worth their passes: the most uncertain share `agreement_budget` of the whole step,
     rounded up. -> row numbers, ascending.
 
@@ -206,13 +209,15 @@ def least_certain(model: nn.Module, t: Targets, vocab: int, m: Mechanisms, ranks
     """
     mask = t.batch.mask
     if m.uncertainty == "random":
-        seed = torch.Generator().manual_seed(int(t.batch.ids.sum()))  # the step's own answers: the same at every resume
-        each = torch.rand(len(mask), generator=seed).to(mask.device)
+        # The seed is the step's own answers: the same at every resume, and however many processes share the step.
+        seed = torch.Generator().manual_seed(int(ranks.total((t.batch.ids * mask).sum())))
+        n = len(mask) * ranks.size
+        each = torch.rand(n, generator=seed)[ranks.share(n)].to(mask.device)
     else:
         flat = (
             each_token(t.hidden[mask.bool()], t.head, m.distill_temperature, m.chunk, lambda p, s: losses.entropy(p))
             if m.uncertainty == "entropy"
-            else divergence_now(model, t, vocab, m)[mask.bool()]
+            else divergence_now(model, t, vocab, m, tally)[mask.bool()]
         )
         each = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask.bool(), flat.float())
         each = each.sum(1) / mask.sum(1).clamp(min=1)
@@ -293,6 +298,8 @@ def divergence_now(model: nn.Module, t: Targets, vocab: int, m: Mechanisms, tall
     """Every token's divergence before the update, for a ceiling at its quantile and for `uncertainty`: one more pass of
     the student. -> (B, T).
     """
+    if t.now is not None:
+        return t.now
     mask, everyone = t.batch.mask.bool(), list(range(len(t.batch.mask)))
     student = [Reading(t.batch.student, lambda h, ids: h, everyone)]
     with whole_layers(model):
@@ -305,5 +312,6 @@ def divergence_now(model: nn.Module, t: Targets, vocab: int, m: Mechanisms, tall
         ids[s],
         m,
     )
-    flat = torch.cat([each(s) for s in chunks(len(ids), tokens_per_chunk(m.chunk, vocab, ids.is_cuda)[1])])
-    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+    flat = torch.cat([each(s) for s in chunks(len(ids), tokens_per_chunk(m.chunk, vocab)[2])])
+    t.now = torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+    return t.now

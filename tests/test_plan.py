@@ -10,7 +10,6 @@ import train
 from bench_loss import peak_bytes
 from config import RECIPES, make
 
-
 WITH_A_BUDGET = {f"a quarter by {u}": dict(agreement_budget=0.25, uncertainty=u) for u in ("entropy", "divergence")}
 
 

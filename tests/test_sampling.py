@@ -107,3 +107,9 @@ def test_continuous_refuses_padded_vocabulary(tiny, monkeypatch):
     lm = Loaded(model, tiny.tokenizer, [2], VOCAB, "small", engine="continuous")
     with pytest.raises(ValueError, match="--engine compact"):
         generate(lm, [[5, 7]], 1, 0.0)
+
+
+@pytest.mark.parametrize("engine", ["static", "continuous"])
+def test_engines_that_do_not_see_autocast_refuse_bf16(tiny, prompts, engine):
+    with pytest.raises(ValueError, match="--engine compact or --dtype fp32"):
+        generate(replace(tiny, engine=engine, dtype="bf16"), prompts, 4, 0.0)

@@ -1,11 +1,34 @@
-"""The study: spread by hand, a run of two cells, and that it goes on where it stopped."""
+"""The study: spread by hand, what fits into its hours, the table from whatever is finished, two real cells, stopping."""
 
 import json
 import math
+import threading
+import time
 
 import pytest
 
 import study
+
+
+def invent(out, setting, row, seed, accuracy=80.0, seconds=1.0, steps=3, **more):
+    """A finished run with known numbers: what train.py leaves behind, as far as the study reads it."""
+    folder = out / "runs" / setting / f"{row}-seed{seed}"
+    folder.mkdir(parents=True)
+    families = dict.fromkeys(("sum", "choice", "fact", "code", "tool"), accuracy)
+    after = {"accuracy": accuracy, "by_task": families, "jsd_to_base": 0.03, "retention_ppl": 1.3, "reverse_ppl": 1.4}
+    parts = {"s_sampling": seconds / 4, "s_scoring": seconds / 2, "s_update": seconds / 4}
+    log = [{"step": t, "grad_norm": more.get("norm", 1.0), "div": 1 / t, **parts} for t in range(1, steps + 1)]
+    for r in log[:: max(1, steps - 1)]:
+        r |= {"student_accuracy": accuracy - 1 / r["step"], "teacher_accuracy": 88.0}
+    summary = {
+        "steps": steps,
+        "before": {"accuracy": 39.0},
+        "ceiling": {"accuracy": 87.0},
+        "after": after | {k: v for k, v in more.items() if k in after},
+        "ood": {"after": {"accuracy": 20.0}},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
 
 
 def test_spread_by_hand():
@@ -16,23 +39,86 @@ def test_spread_by_hand():
     assert study.spread([5.0])[0] == 5.0 and math.isnan(study.spread([5.0])[1]) and math.isnan(study.spread([])[0])
 
 
-def test_two_cells_and_again(tmp_path, capsys):
+def test_what_the_help_promises():
+    hours = lambda plan, seeds: sum(study.Cell(s, r, 0).expected() for s in plan for r in plan[s]) * seeds / 2 / 3600
+    assert all(set(rows) <= set(study.ROWS) for rows in study.FULL.values()) and set(study.FULL) == set(study.SETTINGS)
+    assert hours(study.FULL, 5) < 3
+    assert hours({"clean": study.QUICK}, study.QUICK_SEEDS) * 60 < 10
+    assert [study.clock(s) for s in (0, 61, 3600, 7300)] == ["0 min", "2 min", "1 h 00 min", "2 h 02 min"]
+
+
+def test_the_table_has_what_is_finished_and_nothing_else(tmp_path):
+    for seed in range(3):
+        invent(tmp_path, "clean", "unisd-star", seed, accuracy=85.0 + seed, seconds=(1.0, 6.0, 90.0)[seed])
+        invent(tmp_path, "clean", "sft", seed, accuracy=79.0, seconds=2.0, retention_ppl=20000.0 + seed)
+    invent(tmp_path, "clean", "sd", 0, accuracy=90.0)
+    invent(tmp_path, "clean", "raw", 0, accuracy=39.0, steps=0)
+    invent(tmp_path, "clean", "my-own", 7)  # a row that this version does not know is still a result
+    bad = tmp_path / "runs/wrong/sd-seed0"
+    bad.mkdir(parents=True)
+    (bad / "failed.txt").write_text("out of memory\n")
+    lines = study.write(study.read(tmp_path), tmp_path).splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| ")]
+    assert [r[0] for r in rows] == ["| recipe", "| raw", "| sft", "| sd", "| unisd-star", "| my-own"]
+    star, head = rows[4], rows[0]
+    cell = dict(zip([h.strip("| ") for h in head], [c.strip("| ") for c in star], strict=True))
+    assert cell["accuracy"] == "86.0 ± 2.5" and cell["gain"] == "+47.0" and cell["seeds"] == "3"
+    assert cell["step time / SFT"] == "3.0"  # the median of 1, 6 and 90 seconds over 2: one slow seed does not matter
+    assert "20,001 ± 2" in "\n".join(lines) and rows[3][1] == "90.0"  # one seed: no interval
+    assert "nan" not in "\n".join(lines) and "NaN" not in (tmp_path / "table.json").read_text()
+    assert "- failed: sd-seed0: out of memory" in lines
+    assert json.loads((tmp_path / "table.json").read_text())["clean"]["unisd-star"]["gain"][0] == 47.0
+
+
+def test_runs_of_different_length_are_not_mixed_silently(tmp_path):
+    invent(tmp_path, "clean", "sd", 0)
+    invent(tmp_path, "clean", "raw", 0, steps=0)
+    assert "different length" not in study.write(study.read(tmp_path), tmp_path)
+    invent(tmp_path, "clean", "sd", 1, steps=2)
+    assert "Runs of different length ([2, 3] steps)" in study.write(study.read(tmp_path), tmp_path)
+
+
+def test_two_cells_and_again(tmp_path, capsys, monkeypatch):
     fast = "--train --steps 2 --batch 4 --micro-batch 4 --eval-size 1 --train-size 50 --teacher-every 0 --device cpu".split()
     command = ["--recipes", "sft", "sd", "--seeds", "1", "--out", str(tmp_path), *fast]
+    invent(tmp_path, "clean", "sft", 5, steps=2, seconds=1e-9)  # of an earlier call
     assert study.main(command) == 0
     table = json.loads((tmp_path / "table.json").read_text())["clean"]
-    assert set(table) == {"sft", "sd"} and table["sd"]["seeds"] == 1
-    assert "| sft |" in (tmp_path / "table.md").read_text() and "| 1.0 |" in (tmp_path / "table.md").read_text()
-    stamp = (tmp_path / "runs/clean/sd-seed0/summary.json").stat().st_mtime_ns
+    assert set(table) == {"sft", "sd"} and table["sd"]["seeds"] == 1 and table["sft"]["seeds"] == 2
+    assert "| sft |" in (tmp_path / "table.md").read_text()
+    assert "cannot tell" in (tmp_path / "claims.md").read_text()
+    said = capsys.readouterr()
+    assert "2 runs, 2 to do" in said.out and "left" in said.err
+    begun = []
+    monkeypatch.setattr(study.subprocess, "run", lambda command, **_: begun.append(command[1]))
     assert study.main(command) == 0  # nothing is run twice
-    assert (tmp_path / "runs/clean/sd-seed0/summary.json").stat().st_mtime_ns == stamp
-    capsys.readouterr()
+    assert begun == ["report.py"]
 
 
-def test_a_failed_run_is_in_the_table(tmp_path, capsys):
+def test_a_failed_run_is_named_until_it_succeeds(tmp_path, capsys):
     assert (
         study.main(["--recipes", "sd", "--seeds", "1", "--out", str(tmp_path), "--train", "--max-new-tokens", "600"])
         == 1
     )
-    assert "failed" in (tmp_path / "table.md").read_text()
-    assert "leaves no room in the model's context" in capsys.readouterr().out + (tmp_path / "table.md").read_text()
+    assert "failed: sd-seed0" in (tmp_path / "table.md").read_text()
+    assert "leaves no room in the model's context" in (tmp_path / "table.md").read_text()
+    assert not (tmp_path / "claims.md").exists()  # nothing is finished: nothing to report
+    fast = "--steps 1 --batch 2 --eval-size 1 --train-size 50 --teacher-every 0".split()
+    assert study.run(study.Cell("clean", "sd", 0), tmp_path, fast) == ""
+    assert "failed" not in study.write(study.read(tmp_path), tmp_path)
+
+
+def test_ctrl_c_begins_nothing_further(tmp_path, monkeypatch, capsys):
+    begun, lock = [], threading.Lock()
+
+    def run(cell, out, extra):
+        with lock:
+            begun.append(cell)
+        if len(begun) == 1:
+            raise KeyboardInterrupt
+        time.sleep(0.3)
+        return ""
+
+    monkeypatch.setattr(study, "run", run)
+    assert study.main(["--recipes", "sd", "--seeds", "6", "--jobs", "1", "--out", str(tmp_path)]) == 130
+    assert len(begun) <= 2 and "goes on" in capsys.readouterr().out

@@ -464,3 +464,16 @@ def test_all_masked_is_one_clear_error(model):
     batch = replace(batch_of(), mask=torch.zeros(4, 8, dtype=torch.long))
     with pytest.raises(ValueError, match="every token is masked"):
         score_teachers(model, nullcontext, batch, VOCAB, Mechanisms())
+
+
+def test_the_random_control_does_not_look_at_padding(model):
+    m = Mechanisms(agreement="token", gamma=5.0, agreement_budget=0.25, uncertainty="random")
+    a, b = batch_of(), batch_of()
+    b.ids = torch.where(b.mask.bool(), b.ids, b.ids + 7)
+    assert budgeted(model, m, a).weights.equal(budgeted(model, m, b).weights)
+
+
+def test_the_divergence_before_the_update_is_computed_once(model):
+    m = Mechanisms(agreement="token", agreement_budget=0.5, uncertainty="divergence")
+    t = budgeted(model, m)
+    assert t.now is not None and divergence_now(model, t, VOCAB, m) is t.now

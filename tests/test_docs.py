@@ -1,0 +1,245 @@
+"""What docs/ says is true: quoted lines stand where it says, commands print what it shows, the exercises' patches work.
+
+After an edit of the code, `python tests/test_docs.py` puts the line numbers of docs/equations.md right.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import struct
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from dataclasses import fields
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = {p.name: p.read_text() for p in sorted(DOCS.glob("*.md"))}
+QUOTED = re.compile(
+    r"\[`(\w+\.py):\d+`\]\(\.\./\w+\.py#L\d+\) \| `(.+?)` \|"
+)  # [`ema.py:54`](../ema.py#L54) | `code` |
+ENV = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+each = pytest.mark.parametrize("page", PAGES)
+
+
+def outside_code(text):
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+def anchor(heading):
+    """GitHub's anchor of a heading."""
+    return re.sub(r"[^\w -]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def anchors(path):
+    return {anchor(h) for h in re.findall(r"^#+ (.+)$", outside_code(path.read_text()), re.MULTILINE)}
+
+
+# --- links and names -------------------------------------------------------------------------------------------------
+
+
+@each
+def test_every_link_leads_somewhere(page):
+    for target, _, place in (t.partition("#") for t in re.findall(r"\]\((?!http)([^)]+)\)", outside_code(PAGES[page]))):
+        path = DOCS / (target or page)
+        assert path.exists(), f"{page}: {target}"
+        if path.suffix == ".md" and place:
+            assert place in anchors(path), f"{page}: {target}#{place} is no heading; there are {sorted(anchors(path))}"
+
+
+@each
+def test_every_named_function_and_test_exists(page):
+    text = outside_code(PAGES[page])
+    modules = {p.stem: p.read_text() for p in ROOT.glob("*.py")}
+    for module, name in re.findall(r"`(\w+)\.([A-Za-z_]\w*)(?:\.\w+)?`", text):
+        if module in modules and name not in ("py", "json"):
+            assert re.search(rf"^(?:    )?(?:def|class) {name}\b|^{name}\b", modules[module], re.MULTILINE), (
+                module,
+                name,
+            )
+    tests = "\n".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py"))
+    for name in set(re.findall(r"`(test_\w+)`", text)):
+        assert f"def {name}(" in tests, f"{page}: {name}"
+
+
+# --- equations -------------------------------------------------------------------------------------------------------
+
+
+def refreshed(text):
+    """The page with every quoted line's present number. Raises AssertionError if a line is gone, or stands there twice."""
+
+    def now(match):
+        file, code = match[1], match[2]
+        lines = (ROOT / file).read_text().splitlines()
+        at = [i for i, line in enumerate(lines, 1) if re.fullmatch(re.escape(code) + r"(\s+#.*)?", line.strip())]
+        assert len(at) == 1, f"docs/equations.md quotes a line that {file} has {len(at)} times: {code}"
+        return f"[`{file}:{at[0]}`](../{file}#L{at[0]}) | `{code}` |"
+
+    return QUOTED.sub(now, text)
+
+
+def test_every_quoted_line_stands_at_its_number():
+    page = PAGES["equations.md"]
+    assert len(QUOTED.findall(page)) == page.count("](../")  # no row escapes the pattern
+    wrong = [(a, b) for a, b in zip(page.splitlines(), refreshed(page).splitlines(), strict=True) if a != b]
+    assert not wrong, "\n".join([f"{a}\n  should be\n{b}" for a, b in wrong] + ["run: python tests/test_docs.py"])
+
+
+def test_every_equation_of_the_paper_is_there():
+    headings = " ".join(re.findall(r"^## (.+)$", PAGES["equations.md"], re.MULTILINE))
+    assert re.findall(r"\((\d)\)", headings) == list("123456789")
+
+
+# --- commands with their output --------------------------------------------------------------------------------------
+
+SHOWN = re.findall(r"```bash\n(.+?)\n```\n\n```text\n(.+?)\n```", PAGES["differences.md"], re.DOTALL)
+
+
+def same(got, shown):
+    """Equal texts, numbers equal up to 2 in the last digit shown: other processors round differently."""
+    number = r"-?\d+(?:\.\d+)?"
+    assert re.sub(number, "#", got) == re.sub(number, "#", shown), f"{got}\n  shown is\n{shown}"
+    for a, b in zip(re.findall(number, got), re.findall(number, shown), strict=True):
+        assert abs(float(a) - float(b)) <= 2.1 * 10 ** -len(b.partition(".")[2]) * ("." in b), (
+            f"{got}\n  shown is\n{shown}"
+        )
+
+
+@pytest.mark.parametrize(("command", "output"), SHOWN, ids=range(1, len(SHOWN) + 1))
+def test_a_command_prints_what_is_shown(command, output, monkeypatch):
+    """Python is run in this process: importing torch a dozen times would be most of the time."""
+    assert "\n" not in command
+    program, *rest = shlex.split(command)
+    if rest[0] == "-c":
+        assert program == "python" and len(rest) == 2
+        monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+        with redirect_stdout(StringIO()) as said:
+            exec(rest[1], {"__name__": "__main__"})
+        same(said.getvalue().strip(), output)
+    else:
+        done = subprocess.run([sys.executable, *rest], cwd=ROOT, env=ENV, capture_output=True, text=True, check=False)
+        same((done.stdout + done.stderr).strip(), output)
+
+
+def test_every_difference_has_its_command_and_its_test():
+    parts = re.split(r"^## ", PAGES["differences.md"], flags=re.MULTILINE)[1:]
+    numbered = [p for p in parts if re.match(r"\d+\. ", p)]
+    assert [int(p.split(".")[0]) for p in numbered] == list(range(1, len(SHOWN) + 1))
+    for part in numbered:
+        assert "```bash\n" in part and re.search(r"Tests?: ", part), part.splitlines()[0]
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+def test_flags_exist_with_these_defaults_and_none_is_missing():
+    from config import Config
+
+    ours = {f.name: f.default for f in fields(Config)}
+    parts = re.split(r"^## ", PAGES["flags.md"], flags=re.MULTILINE)[1:]
+    named = set()
+    for part in parts:
+        column = 0 if part.startswith("Ours alone") else 2
+        rows = [re.split(r" ?\| ?", line.strip("| ")) for line in part.splitlines() if line.startswith("| ")][1:]
+        for cells in rows:
+            for flag, default in re.findall(r"`--([a-z-]+)`(?: ([^\s:,;|*(]+))?", cells[column]):
+                name = flag.replace("-", "_")
+                assert name in ours, f"flags.md: --{flag} does not exist"
+                named.add(name)
+                if default:
+                    value = ours[name]
+                    shown = float(default) if type(value) in (int, float) else default
+                    assert shown == (str(value).lower() if type(value) is bool else value), f"--{flag} {default}"
+    assert named == ours.keys(), f"not named in flags.md: {sorted(ours.keys() - named)}"
+
+
+# --- glossary --------------------------------------------------------------------------------------------------------
+
+
+def test_the_glossary_is_in_order_and_says_where():
+    entries = re.findall(r"^- \*\*(.+?)\*\* \(\[`(.+?)`\]\(\.\./(.+?)\)\): (.+)$", PAGES["glossary.md"], re.MULTILINE)
+    assert len(entries) == len(re.findall(r"^- ", PAGES["glossary.md"], re.MULTILINE)) >= 35
+    terms = [e[0].casefold() for e in entries]
+    assert terms == sorted(terms) and len(set(terms)) == len(terms)
+    for term, shown, target, text in entries:
+        assert shown == target and (ROOT / target).exists(), term
+        sentences = re.findall(r"\.(?:\s|$)", text.replace("eq. ", ""))
+        assert 1 <= len(sentences) <= 2, f"{term}: one or two sentences, not {len(sentences)}"
+
+
+# --- exercises -------------------------------------------------------------------------------------------------------
+
+EXERCISES = re.split(r"^## ", PAGES["exercises.md"], flags=re.MULTILINE)[1:]
+
+
+def test_the_exercises_patches_apply_alone_and_together_and_their_tests_pass(tmp_path):
+    """Each patch fits the code as it is; all of them in one copy (they do not touch), one pytest for all their tests."""
+    env = ENV | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}  # a repository further up is none of ours
+    leave = shutil.ignore_patterns(".*", "__pycache__", "runs", "results", "notebooks", "docs", "golden", "fixtures")
+    shutil.copytree(ROOT, tmp_path / "copy", ignore=leave)
+    patches, tests = [], []
+    for exercise in EXERCISES:
+        title, diff = exercise.splitlines()[0], "\n".join(re.findall(r"```diff\n(.*?)```", exercise, re.DOTALL))
+        found = re.findall(r"^python -m pytest -q (.+)$", exercise, re.MULTILINE)
+        assert diff and len(found) == 1, title
+        tests += shlex.split(found[0])
+        patches.append((title, diff))
+
+    def apply(diff, *how):
+        return subprocess.run(
+            ["git", "apply", *how],
+            input=diff,
+            cwd=tmp_path / "copy",
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    for title, diff in patches:
+        done = apply(diff, "--check")
+        assert done.returncode == 0, f"{title}: {done.stderr}"
+    for title, diff in patches:
+        before = {p: p.read_bytes() for p in (tmp_path / "copy").rglob("*.py")}
+        done = apply(diff)
+        assert done.returncode == 0 and any(p.read_bytes() != b for p, b in before.items()), f"{title}: {done.stderr}"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, cwd=tmp_path / "copy", env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_small_shown_and_drawn_by_break_it():
+    shown = re.findall(r"!\[(.+?)\]\(figures/(\w+)\.png\)", PAGES["troubleshooting.md"])
+    files = {p.stem: p.read_bytes() for p in (DOCS / "figures").glob("*.png")}
+    assert {name for _, name in shown} == files.keys() and len(shown) == len(files)
+    script = (DOCS / "break_it.py").read_text()
+    for text, name in shown:
+        assert len(text) > 40, f"{name}: the text for those who cannot see it"
+        assert len(files[name]) <= 60_000 and struct.unpack(">I", files[name][16:20])[0] >= 400
+        assert f'"{name}"' in script, f"{name}.png is drawn by nobody"
+
+
+def test_what_break_it_breaks_is_in_the_table(monkeypatch):
+    """Every run of the script is a row, and every setting of it is a flag there."""
+    monkeypatch.setattr(sys, "path", [str(DOCS), str(ROOT), *sys.path])
+    from break_it import RUNS
+
+    table = PAGES["troubleshooting.md"].split("\n## ")[0]
+    assert len(re.findall(r"^\|", table, re.MULTILINE)) - 2 == len(RUNS)
+    for name, (recipe, overrides) in RUNS.items():
+        assert recipe == "sd" or f"--recipe {recipe}" in table, name
+        for key, value in overrides.items():
+            flag = f"--{key.replace('_', '-')} {value if isinstance(value, str) else f'{value:g}'}"
+            assert re.search(re.escape(flag) + r"[ `,]", table), f"{name}: {flag}"
+
+
+if __name__ == "__main__":
+    (DOCS / "equations.md").write_text(refreshed(PAGES["equations.md"]))
