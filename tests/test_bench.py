@@ -67,7 +67,20 @@ def test_medians_take_turns():
 
 def test_every_section_runs_and_writes_its_numbers(tmp_path):
     file = tmp_path / "deep" / "numbers.json"
-    quick = ["--repeats", "1", "--tokens", "64", "--vocab", "500", "--prompts", "8", "--device", "cpu", "--threads", "1"]
+    quick = [
+        "--repeats",
+        "1",
+        "--tokens",
+        "64",
+        "--vocab",
+        "500",
+        "--prompts",
+        "8",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+    ]
     sections = [s for s in bench.SECTIONS if s != "compile"]  # compiling takes a minute
     assert bench.main([*quick, "--json", str(file), "--sections", *sections]) == 0
     found = json.loads(file.read_text())
