@@ -8,8 +8,9 @@ steps:
 Not like the official code: 1) there the average skips the LoRA factors, that is, everything that is trained, so the
 teacher never moves; here it runs over whatever has requires_grad, and refuses to average nothing. 2) it is kept in
 fp32: in bf16, an update smaller than half a unit in the last place is rounded away, and at decay 0.99 a teacher stays
-where it is until the student has moved by a fifth of the weight or more. 3) it is saved and restored with the checkpoint. The shadow starts at the current weights, never at
-zero. Under LoRA it averages the factors A and B, which is not the average of their product BA.
+where it is until the student has moved by a fifth of the weight or more. 3) it is saved and restored with the
+checkpoint. The shadow starts at the current weights, never at zero. Under LoRA it averages the factors A and B, which
+is not the average of their product BA.
 
 Depends on torch only.   Try it:  python -m pytest tests/test_ema.py -q
 """
