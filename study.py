@@ -1,7 +1,7 @@
 """study.py - the paper's table in miniature: recipes x seeds x settings on the tiny world, one command, resumable.
 
-    python study.py --quick                      a first look: 4 recipes, 2 seeds, under 10 minutes on 2 cores
-    python study.py                              the full study: 5 seeds, under 3 hours on 2 cores
+    python study.py --quick                      a first look: 4 recipes, 2 seeds; estimated 8 minutes on 2 cores
+    python study.py                              the full study: 5 seeds; estimated just under 3 hours
     python study.py --recipes budget-10 budget-50 --settings clean wrong       further rows join the same table
 
 Every cell of the table is one ordinary `python train.py` run in a process of its own, with one thread, at most one per
@@ -296,7 +296,7 @@ def write(found: dict, out: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run what is missing, then write the table, the figures and the page of claims. Stop it whenever you like: the
-    same command goes on. Without flags: the full study, 5 seeds, under 3 hours on 2 cores; what it leaves out
+    same command goes on. Without flags: the full study, 5 seeds, estimated just under 3 hours on 2 cores; what it leaves out
     (further budgets, K, gamma, star-clip) can be asked for by --recipes and joins the same table.
     """
     parser = argparse.ArgumentParser(prog="study.py", description=main.__doc__)
@@ -314,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"{', '.join(QUICK)} in clean, {QUICK_SEEDS} seeds: under 10 minutes on 2 cores",
+        help=f"{', '.join(QUICK)} in clean, {QUICK_SEEDS} seeds: estimated 8 minutes on 2 cores",
     )
     parser.add_argument(
         "--train", nargs=argparse.REMAINDER, default=[], help="further flags for train.py, last on the line"
