@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -151,6 +152,19 @@ def installed(work: Callable, p: dict, m: Mechanisms) -> bool:
         return False
 
 
+def afresh(work: Callable, p: dict, m: Mechanisms) -> None:
+    """One contender, with no gradient left over from another."""
+    p["student"].grad = p["weight"].grad = None
+    work(p, m)
+
+
+def extra_bytes(work: Callable, p: dict, m: Mechanisms, device: torch.device) -> int:
+    """Its peak beyond the inputs and the two gradients that it must return."""
+    peak = peak_bytes(partial(afresh, work, p, m), device, list(p.values()))
+    p["student"].grad = p["weight"].grad = None
+    return peak - 4 * (p["student"].numel() + p["weight"].numel())
+
+
 def bench_loss(device: torch.device, args) -> list[dict]:
     """Extra peak memory in units of N*V*4 bytes, beyond inputs and the two gradients; time against the plain formula."""
     n, v, h = args.tokens, args.vocab, 896
@@ -167,21 +181,8 @@ def bench_loss(device: torch.device, args) -> list[dict]:
         contenders |= {"trl": trl} if name in ("forward", "reverse", "jsd") and extra[trl] else {}
         works, memory = {}, {}
         for who, f in contenders.items():
-
-            def work(f=f, m=m, p=p):
-                p["student"].grad = p["weight"].grad = None
-                f(p, m)
-
-            def work_on_half(f=f, m=m, p=half):
-                p["student"].grad = p["weight"].grad = None
-                f(p, m)
-
-            works[who] = work
-            for q, job in ((p, work), (half, work_on_half)):
-                gradients = 4 * (q["student"].numel() + q["weight"].numel())
-                bytes_ = peak_bytes(job, device, [x for x in q.values() if isinstance(x, Tensor)]) - gradients
-                memory.setdefault(who, []).append(bytes_)
-                q["student"].grad = q["weight"].grad = None
+            works[who] = partial(afresh, f, p, m)
+            memory[who] = [extra_bytes(f, q, m, device) for q in (p, half)]
         seconds = medians(works, args.repeats, device)
         for who in contenders:
             whole, at_half = memory[who]

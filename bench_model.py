@@ -19,9 +19,8 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 import train
 from bench_loss import medians
-from build import Run
+from build import Run, assemble
 from config import RECIPES, make
-from ema import EMA
 from rollout import Loaded
 from sampling import CACHE
 
@@ -154,7 +153,7 @@ def shaped_run(recipe: str, device: torch.device, big: bool, **more) -> Run:
     model = shaped_model(device, big)
     cfg = make(
         recipe, preset="tiny", device=str(device), dtype="bf16" if device.type == "cuda" else "fp32", batch=batch,
-        micro_batch=4, max_new_tokens=completion, max_tokens_per_pass=16384, sample_batch=64, steps=1, **more,
+        micro_batch=4, max_new_tokens=completion, max_tokens_per_pass=16384, sample_batch=64, steps=1, lr=1e-6, **more,
     )  # fmt: skip
     lm = Loaded(model, Speechless(), [0], model.config.vocab_size, "random weights", dtype=cfg.dtype, sample_batch=64)
     g = torch.Generator().manual_seed(1)
@@ -169,10 +168,9 @@ def shaped_run(recipe: str, device: torch.device, big: bool, **more) -> Run:
         }
         for i in range(batch)
     }
-    frozen = EMA(model, 1.0) if (cfg.teacher == "frozen" and cfg.uses_teacher) or cfg.sampler == "base" else None
-    average = EMA(model, cfg.ema_decay) if cfg.teacher == "ema" and cfg.uses_teacher else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda")
-    return Run(cfg, lm, None, optimizer, average, frozen, prompts=prompts, usable=list(prompts))
+    run = assemble(cfg, lm, None)
+    run.prompts, run.usable = prompts, list(prompts)
+    return run
 
 
 class Speechless:

@@ -83,6 +83,29 @@ def place(cfg: Config) -> tuple[torch.device, Alone]:
     return device, ranks
 
 
+def assemble(cfg: Config, lm: Loaded, task: Task | None, ranks: Alone = ALONE) -> Run:
+    """What is trained, what it is compared with, and what trains it: LoRA, shards, teachers, optimizer."""
+    model = lm.model
+    if cfg.lora_rank:
+        lm.add_lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
+    if cfg.shard:
+        parallel.shard(model, bf16=cfg.dtype == "bf16")
+    frozen = None
+    if cfg.uses_base:
+        frozen = lm if lm.adapter else EMA(model, 1.0)  # with an adapter the base is still there: switch it off
+    average = EMA(model, cfg.ema_decay) if cfg.uses_average else None
+    if cfg.grad_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # Two groups under --shard: AdamW updates the tensors of a group together, and sharded ones only among themselves.
+    groups = [[p for p in trained if isinstance(p, parallel.DTensor) == kind] for kind in (False, True)]
+    groups = [{"params": g} for g in groups if g]
+    fused = lm.device.type == "cuda"
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
+    return Run(cfg, lm, task, optimizer, average, frozen, ranks=ranks)
+
+
 def start(cfg: Config, out: Path) -> Run:
     """Load everything and check that it can work. Raises ValueError, with the fix, if it cannot."""
     torch.manual_seed(cfg.seed)
@@ -109,27 +132,10 @@ def start(cfg: Config, out: Path) -> Run:
         f"model {lm.name} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters) | "
         f"data {task.name} ({len(task.train)} questions, {task.fingerprint()}) | {cfg.steps} steps of {cfg.batch}"
     )
-    needs_base = (cfg.teacher == "frozen" and cfg.uses_teacher) or cfg.sampler == "base"
-    frozen = None
-    if cfg.lora_rank:
-        lm.add_lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
-    if cfg.shard:
-        parallel.shard(model, bf16=cfg.dtype == "bf16")
-    if needs_base:
-        frozen = lm if lm.adapter else EMA(model, 1.0)  # with an adapter the base is still there: switch it off
-    if cfg.grad_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    checkpoint.room_for(out, sum(p.numel() for p in trained))
-    # Two groups under --shard: AdamW updates the tensors of a group together, and sharded ones only among themselves.
-    groups = [[p for p in trained if isinstance(p, parallel.DTensor) == kind] for kind in (False, True)]
-    groups = [{"params": g} for g in groups if g]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
-    average = EMA(model, cfg.ema_decay) if cfg.teacher == "ema" and cfg.uses_teacher else None
-    if average:
+    run = assemble(cfg, lm, task, ranks)
+    checkpoint.room_for(out, sum(p.numel() for p in model.parameters() if p.requires_grad))
+    if run.average:
         print(f"EMA teacher: after {half_life(cfg.ema_decay, cfg.ema_every):.0f} steps half of it is new")
-    run = Run(cfg, lm, task, optimizer, average, frozen, ranks=ranks)
     model.eval()
     if cfg.steps:
         with whole_layers(model):

@@ -152,6 +152,15 @@ class Config(Mechanisms):
     sample_every: int = opt(40, "steps between two printed samples (0 = never)")
     save_every: int = opt(60, "steps between two checkpoints (0 = only at the end)")
 
+    @property
+    def uses_base(self) -> bool:
+        """Does the run need the model as it was, beside the one that is trained?"""
+        return (self.teacher == "frozen" and self.uses_teacher) or self.sampler == "base"
+
+    @property
+    def uses_average(self) -> bool:
+        return self.teacher == "ema" and self.uses_teacher
+
 
 def parse(argv: list[str] | None = None) -> Config:
     """The command line -> a checked Config. Unknown flags and recipes exit with code 2 and say what exists."""

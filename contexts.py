@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from checkpoint import write_json
 from data import Example, Task, chat_ids, context_message, fit_prompt, instruction_message, teacher_message
 from rollout import Loaded, decode, generate, right_pad
 
@@ -163,14 +164,12 @@ def prepare(lm: Loaded, task: Task, cfg, out: Path) -> dict:
         made["demos"] = [similar_demos(task.train, vectors, i, cfg.contexts, cfg.demos) for i in n]
     if cfg.w_contrast and cfg.negatives == "model":
         made["negatives"] = model_negatives(lm, task, cfg)
-    if lm.ranks.rank == 0 and (made["demos"] or made["instructions"] or made["negatives"]):
-        new = cache.with_name("contexts.json.new")
-        new.write_text(json.dumps(made))
-        new.replace(cache)
+    if made["demos"] or made["instructions"] or made["negatives"]:
+        write_json(cache, made)
     return made
 
 
-STAMPED = ("seed contexts demos context_kind context_reference retriever negatives temperature max_new_tokens").split()
+STAMPED = "seed contexts demos context_kind context_reference retriever negatives temperature max_new_tokens".split()
 
 
 def encode(tokenizer, task: Task, i: int, cfg, prepared: dict) -> tuple[dict, int]:

@@ -119,23 +119,16 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def join() -> tuple[int, int]:
-    """Meet the other processes that torchrun started, if it did. -> (rank, number of processes)."""
+def join() -> None:
+    """Meet the other processes that torchrun started, if it did."""
     if size() > 1 and not dist.is_initialized():
         # Both: tensors on a GPU travel by NCCL, the others by gloo.
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    return (dist.get_rank(), size()) if size() > 1 else (0, 1)
 
 
 def rank() -> int:
     """This process' number; 0 is the one that prints and writes."""
     return int(os.environ.get("RANK", "0")) if size() > 1 else 0
-
-
-def wait() -> None:
-    """Until every process is here."""
-    if size() > 1:
-        dist.barrier()
 
 
 def ranks() -> Alone:
@@ -152,9 +145,6 @@ def one_voice():
         yield
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-
-
-LOST = RuntimeError  # torch's DistError is one; gloo raises the plain class
 
 
 def lost(error: RuntimeError) -> bool:

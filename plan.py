@@ -104,7 +104,7 @@ def describe(cfg: Config) -> str:
         f"passes per step: sampling up to {cfg.max_new_tokens} tokens; "
         + ", ".join(f"{n:g} {k}" for k, n in found.items()),
     ]
-    if cfg.teacher == "ema" and cfg.uses_teacher:
+    if cfg.uses_average:
         updates = f"{cfg.steps // cfg.ema_every} updates, " if cfg.steps else ""
         lines.append(
             f"EMA teacher: {updates}after {half_life(cfg.ema_decay, cfg.ema_every):.0f} steps half of it is new"
@@ -135,9 +135,7 @@ def memory(
     """Bytes on the device at the peak of the update, roughly: the formula at the top of the file."""
     # LoRA on the seven projections of a layer: about rank * 2 * (4 H + 3 * 3 H) parameters.
     trained = layers * cfg.lora_rank * 26 * hidden if cfg.lora_rank else parameters
-    averages = (cfg.teacher == "ema" and cfg.uses_teacher) + (
-        not cfg.lora_rank and ((cfg.teacher == "frozen" and cfg.uses_teacher) or cfg.sampler == "base")
-    )
+    averages = cfg.uses_average + (cfg.uses_base and not cfg.lora_rank)  # with LoRA the base is the model itself
     tokens = cfg.micro_batch * (min(cfg.max_prompt_tokens, 512) + cfg.max_new_tokens)
     # Bytes kept per token, layer and hidden unit for the backward; under autocast some stay fp32.
     kept = 4 if cfg.grad_checkpointing else 68 if bf16 else 96

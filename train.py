@@ -197,9 +197,10 @@ def main(cfg: Config) -> dict:
         print(plan.describe(cfg))
         return {}
     cfg.out = cfg.out or default_out(cfg.recipe, cfg.seed)
-    rank, _ = parallel.join()
+    parallel.join()
+    rank = parallel.rank()
     out = Path(cfg.out) if rank else checkpoint.claim(cfg)
-    parallel.wait()
+    parallel.ranks().wait()
     if cfg.resume and (out / "summary.json").exists():
         print(f"{out} is finished; its numbers are in {out / 'summary.json'}")
         return json.loads((out / "summary.json").read_text())
@@ -248,7 +249,7 @@ def cli(argv: list[str] | None = None) -> int:
     except torch.OutOfMemoryError:
         print(f"train.py: {OUT_OF_MEMORY}", file=sys.stderr)
         return 2
-    except parallel.LOST as error:
+    except RuntimeError as error:  # torch's own for a lost process is one, and gloo raises the plain class
         if not parallel.lost(error):
             raise
         print(f"train.py: {OTHERS_GONE.format(str(error).splitlines()[0])}", file=sys.stderr)

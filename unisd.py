@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import agreement
 import losses
 from parallel import ALONE, Alone, whole_layers
-from reading import Head, Reading, chunks, each_token, head_of, sampled_logps, score, through_head, tokens_per_chunk
+from reading import Head, Reading, each_token, head_of, sampled_logps, score, through_head
 
 
 def opt(default, help: str, choices: tuple = ()):
@@ -304,14 +304,9 @@ def divergence_now(model: nn.Module, t: Targets, vocab: int, m: Mechanisms, tall
     student = [Reading(t.batch.student, lambda h, ids: h, everyone)]
     with whole_layers(model):
         (states,) = score(model, student, t.batch.ids, t.batch.mask, m.max_tokens_per_pass, tally)
-    head, speaker = head_of(model, vocab).ready(states), t.head.ready(states)
-    states, hidden, ids = states[mask], t.hidden[mask], t.batch.ids[mask]
-    each = lambda s: divergence(
-        head.logps(head.logits(states[s]), m.distill_temperature),
-        speaker.logps(speaker.logits(hidden[s]), m.distill_temperature),
-        ids[s],
-        m,
-    )
-    flat = torch.cat([each(s) for s in chunks(len(ids), tokens_per_chunk(m.chunk, vocab)[2])])
+    hidden, ids, speaker, tau = t.hidden[mask], t.batch.ids[mask], t.head.ready(states), m.distill_temperature
+    teacher = lambda s: speaker.logps(speaker.logits(hidden[s]), tau)
+    against = lambda logps, s: divergence(logps, teacher(s), ids[s], m)
+    flat = each_token(states[mask], head_of(model, vocab), tau, m.chunk, against)
     t.now = torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
     return t.now
