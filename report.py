@@ -1,6 +1,6 @@
 """report.py - what a study says: its figures, and the paper's claims beside its numbers.
 
-    python report.py results          reads results/runs, writes results/figures/*.png and results/claims.md
+    python report.py results          reads results/cells.json, writes results/figures/*.png and results/claims.md
 
 What: rows are compared by differences *paired by seed* (the same seed is the same questions in the same order), with the
 95 % interval of their mean (Student's t over the seeds). A claim is a rule about such intervals, printed beside its
@@ -262,11 +262,9 @@ def curves(found: dict, setting: str):
     for axis, key, title in zip(axes, ("student_accuracy", "teacher_accuracy", "div"), titles, strict=True):
         for colour, n in zip(INK, rows, strict=False):
             also = key if key == "student_accuracy" else "div"  # without a divergence there is no teacher to ask
-            runs = [c["curves"][key] for c in rows[n].values() if c["curves"][key] and c["curves"][also]]
+            runs = [dict(c["curves"][key]) for c in rows[n].values() if c["curves"][key] and c["curves"][also]]
             grid = Counter(map(tuple, runs)).most_common(1)[0][0] if runs else ()  # steps that most seeds measured
             seeds = [[c[x] for x in grid] for c in runs if tuple(c) == grid]
-            if key == "div":  # a step is noisy: the mean of the last twenty
-                seeds = [[statistics.mean(y[max(0, i - 19) : i + 1]) for i in range(len(y))] for y in seeds]
             if across := list(zip(*seeds, strict=True)):
                 axis.fill_between(grid, [*map(min, across)], [*map(max, across)], color=colour, alpha=0.2, lw=0)
                 axis.plot(grid, [*map(statistics.mean, across)], color=colour, label=f"{n} ({len(seeds)})")
@@ -324,7 +322,7 @@ FIGURES |= {"cost": (scatter, "clean", "step_seconds", COST), "leave-one-out": (
 
 
 def write(out: Path) -> list[str]:
-    """<out>/figures/*.png and <out>/claims.md from <out>/runs. -> the figures there was enough data for."""
+    """<out>/figures/*.png and <out>/claims.md from what study.read finds there. -> the figures there was enough data for."""
     found, drawn, folder = study.read(out), [], out / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
@@ -341,7 +339,7 @@ def write(out: Path) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     """Figures and the page of claims from the runs of a study."""
     parser = argparse.ArgumentParser(prog="report.py", description=main.__doc__)
-    parser.add_argument("out", nargs="?", default="results", help="the study's --out (default: %(default)s)")
+    parser.add_argument("out", nargs="?", default="runs/study", help="the study's --out (default: %(default)s)")
     out = Path(parser.parse_args(argv).out)
     print(f"{', '.join(write(out)) or 'no figures'} and claims.md -> {out}")
 

@@ -5,10 +5,10 @@
     python study.py --recipes budget-10 budget-50 --settings clean wrong       further rows join the same table
 
 Every cell of the table is one ordinary `python train.py` run in a process of its own, with one thread, at most one per
-core. A cell is done when its summary.json is there, so the study can be stopped at any moment and started again with
-the same command. Results are written after every cell: <out>/table.md, <out>/table.json; at the end report.py adds
-figures and the page of claims. Nothing is chosen by looking at the result: whatever is finished under <out>/runs is in
-the table, and what failed is named below it.
+core. Results are written after every cell: <out>/cells.json, the numbers of every run, and <out>/table.md, their means;
+at the end report.py adds figures and the page of claims. The study can be stopped at any moment: the same command goes
+on, and what is in cells.json is not run again, even where <out>/runs is gone. Nothing is chosen by looking at the
+result: whatever is finished is in the table, and what failed is named below it. This repository's own is in results/.
 
 Depends on config.py; train.py and report.py as commands.   Try it:  python -m pytest tests/test_study.py -q
 """
@@ -86,9 +86,6 @@ class Cell:
     def folder(self, out: Path) -> Path:
         return out / "runs" / self.setting / f"{self.row}-seed{self.seed}"
 
-    def done(self, out: Path) -> bool:
-        return (self.folder(out) / "summary.json").exists()
-
     def expected(self) -> int:
         """Seconds of one core that the run takes, roughly: contexts are what is expensive."""
         if self.row in SECONDS:
@@ -125,14 +122,12 @@ def clock(seconds: float) -> str:
 
 def run_all(cells: list[Cell], out: Path, jobs: int, extra: list[str]) -> list[Cell]:
     """Run what is missing; the table is written after every cell. -> the cells that failed."""
-    todo, failed, finished = [c for c in cells if not c.done(out)], [], 0
+    found, failed, finished = read(out), [], 0
+    todo = [c for c in cells if c.seed not in found.get(c.setting, {}).get(c.row, {})]
     total, begun = sum(c.expected() for c in todo), time.perf_counter()
     print(f"{len(cells)} runs, {len(todo)} to do, {jobs} at a time: about {clock(total / jobs)} on an idle machine")
-    look = "{l_bar}{bar}| {n_fmt}/{total_fmt} runs, {elapsed}{postfix}"
-    with (
-        ThreadPoolExecutor(jobs) as pool,
-        tqdm(total=len(cells), initial=len(cells) - len(todo), bar_format=look) as bar,
-    ):
+    look = dict(total=len(cells), bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} runs, {elapsed}{postfix}")
+    with ThreadPoolExecutor(jobs) as pool, tqdm(initial=len(cells) - len(todo), **look) as bar:
         futures = {pool.submit(run, c, out, extra): c for c in todo}
         bar.set_postfix_str(f"about {clock(total / jobs)} left")
         try:
@@ -157,11 +152,14 @@ def run_all(cells: list[Cell], out: Path, jobs: int, extra: list[str]) -> list[C
 
 
 def read(out: Path) -> dict:
-    """Every finished run under <out>/runs, whoever asked for it. -> {setting: {row: {seed: numbers}}}
+    """Every finished run in <out>/cells.json or <out>/runs, whoever asked for it. -> {setting: {row: {seed: numbers}}}
 
     worst_family is added to the numbers: the change of the family that does worst against the `sd` run of the same seed.
     """
-    found: dict = {}
+    found, kept = {}, out / "cells.json"
+    for cell in json.loads(kept.read_text()) if kept.exists() else ():
+        cell = {k: math.nan if v is None else v for k, v in cell.items()}
+        found.setdefault(cell.pop("setting"), {}).setdefault(cell.pop("row"), {})[cell.pop("seed")] = cell
     for path in out.glob("runs/*/*-seed*/summary.json"):
         row, seed = path.parent.name.rsplit("-seed", 1)
         if seed.isdigit():
@@ -184,7 +182,12 @@ def numbers(path: Path, stamp: int) -> dict:
     steps = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     seconds = statistics.median(sum(v for k, v in r.items() if k[:2] == "s_") for r in steps) if steps else math.nan
     norms = sorted(r["grad_norm"] for r in steps[len(steps) // 10 :]) or [math.nan]  # without the warm-up
-    curves = ("student_accuracy", "teacher_accuracy", "div")
+    curves = {
+        k: [(r["step"], r[k]) for r in steps if r.get(k) is not None]
+        for k in ("student_accuracy", "teacher_accuracy", "div")
+    }
+    twenty = [curves["div"][i : i + 20] for i in range(0, len(curves["div"]), 20)]  # a step is noisy
+    curves["div"] = [(part[-1][0], statistics.mean(v for _, v in part)) for part in twenty]
     return {
         "accuracy": s["after"]["accuracy"],
         "gain": s["after"]["accuracy"] - s["before"]["accuracy"],
@@ -198,7 +201,7 @@ def numbers(path: Path, stamp: int) -> dict:
         "ceiling": s["ceiling"]["accuracy"],
         "by_task": s["after"]["by_task"],
         "steps": s["steps"],
-        "curves": {k: {r["step"]: r[k] for r in steps if r.get(k) is not None} for k in curves},
+        "curves": curves,
     }
 
 
@@ -283,11 +286,14 @@ def markdown(table: dict, out: Path) -> str:
 
 
 def write(found: dict, out: Path) -> str:
-    """<out>/table.md and table.json, each replaced in one go. -> the former."""
+    """<out>/table.md and cells.json, each replaced in one go. -> the former."""
     out.mkdir(parents=True, exist_ok=True)
-    table = summarise(found)
-    text = markdown(table, out)
-    for name, content in (("table.md", text), ("table.json", json.dumps(table, indent=1).replace("NaN", "null"))):
+    text = markdown(summarise(found), out)
+    flat = ((s, r, k, cells[k]) for s, rows in found.items() for r, cells in rows.items() for k in sorted(cells))
+    lines = ",\n".join(json.dumps({"setting": s, "row": r, "seed": k} | c) for s, r, k, c in flat).replace(
+        "NaN", "null"
+    )
+    for name, content in (("table.md", text), ("cells.json", f"[\n{lines}\n]")):
         new = out / (name + ".new")
         new.write_text(content + "\n")
         os.replace(new, out / name)
@@ -306,11 +312,10 @@ def main(argv: list[str] | None = None) -> int:
         "--settings", nargs="+", choices=SETTINGS, help="what the world is like (default: all; with --recipes: clean)"
     )
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 ... N-1 (default: %(default)s)")
-    parser.add_argument("--out", default="results", help="where table, figures and runs go (default: %(default)s)")
+    parser.add_argument("--out", default="runs/study", help="where table, figures and runs go (default: %(default)s)")
     cores = os.cpu_count() or 1
-    parser.add_argument(
-        "--jobs", type=int, default=cores, help="runs at a time, one thread each (default: %(default)s)"
-    )
+    many = "runs at a time, one thread each (default: %(default)s)"
+    parser.add_argument("--jobs", type=int, default=cores, help=many)
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -332,10 +337,8 @@ def main(argv: list[str] | None = None) -> int:
         print("stopped; the same command goes on")
         return 130
     found = read(out)
-    print(
-        f"\n{write(found, out)}\n{len(cells)} runs, {time.perf_counter() - begun:.0f} s -> {out / 'table.md'}",
-        flush=True,
-    )
+    seconds = time.perf_counter() - begun
+    print(f"\n{write(found, out)}\n{len(cells)} runs, {seconds:.0f} s -> {out / 'table.md'}", flush=True)
     if found:
         subprocess.run([sys.executable, "report.py", str(out)], cwd=Path(__file__).parent, check=True)
     return 1 if failed else 0
