@@ -13,6 +13,7 @@ import json
 import signal
 import threading
 import time
+import warnings
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -136,6 +137,13 @@ def before_training(run, out: Path) -> dict:
         "ood": metrics.measure(lm, task, task.ood, False, size) if task.ood else {},
     }
     checkpoint.write_json(known, found)
+    alone, shown = found["alone"]["accuracy"], found["ceiling"]["accuracy"]
+    if run.cfg.uses_teacher and shown <= alone and "unscored" not in found["alone"]["by_task"]:
+        warnings.warn(
+            f"with the reference in its prompt the model is right in {shown:.1f} per cent, alone in {alone:.1f}: a teacher "
+            "whom the reference does not help has nothing to teach; look at the references, or start from a larger model",
+            stacklevel=2,
+        )
     return found
 
 

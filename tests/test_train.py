@@ -4,7 +4,9 @@ import errno
 import json
 import math
 import shutil
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
 import config
+import metrics
 import train
+import watch
 from config import RECIPES, Config, make, parse
 from rollout import TINY
 
@@ -238,6 +242,17 @@ def test_warned_about(tmp_path):
         make("match-repr", agreement="token")
     with pytest.warns(UserWarning, match="never moves"):
         make("ema", steps=5)
+
+
+@pytest.mark.parametrize("recipe, shown, said", [("sd", 40.0, 1), ("sd", 40.1, 0), ("sft", 10.0, 0)])
+def test_a_reference_that_does_not_help_is_said_before_training(recipe, shown, said, tmp_path, monkeypatch):
+    result = lambda accuracy: {"accuracy": accuracy, "by_task": {"sum": accuracy}}
+    monkeypatch.setattr(metrics, "measure", lambda lm, task, examples, shows, size: result(shown if shows else 40.0))
+    run = SimpleNamespace(cfg=make(recipe), lm=None, task=SimpleNamespace(test=[0], ood=[]))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        watch.before_training(run, tmp_path)
+    assert sum("nothing to teach" in str(w.message) for w in seen) == said
 
 
 def test_another_runs_folder_is_refused(tmp_path, capsys):
