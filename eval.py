@@ -155,7 +155,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="short name, hub id, or folder (a run's --out)")
     parser.add_argument("--base", default="", help="compare with this model and measure drift from it ('' = do not)")
     parser.add_argument(
-        "--task", default="tiny", help=f"tiny, a benchmark, a .jsonl file, or all ({', '.join(TABLE_1)})"
+        "--task",
+        "--data",  # as train.py calls it
+        default="tiny",
+        help=f"tiny, a benchmark, a .jsonl file (its test questions), or all ({', '.join(TABLE_1)})",
     )
     parser.add_argument(
         "--size",

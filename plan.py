@@ -38,6 +38,7 @@ KNOWN = {
     "meta-llama/Llama-3.1-8B-Instruct": (8030, 32, 4096, 128_256),
     "google/gemma-3-4b-it": (4300, 34, 2560, 262_208),
 }
+PROMPT = {"tiny": 40}  # tokens of a typical prompt, mean over student, teacher and contexts
 REACHED = 0.35  # of a plain matrix product's speed, by training; sampling is bound by memory and reaches far less
 SAMPLING = 0.03
 
@@ -95,7 +96,7 @@ def flops_per_second(device: torch.device, dtype: torch.dtype, seconds: float = 
 def describe(cfg: Config) -> str:
     """The whole plan as text."""
     device, dtype, reason = choose_device(cfg.device, cfg.dtype)
-    steps = cfg.steps or f"as many as {cfg.epochs:g} epochs of {cfg.data} need"
+    steps = cfg.steps or f"as many as {cfg.epochs:g} epoch{'s' * (cfg.epochs != 1)} of {cfg.data} need"
     found = passes_of(cfg)
     lines = [
         f"{cfg.recipe} on {SHORT.get(cfg.model, cfg.model)}, data {cfg.data}",
@@ -118,15 +119,22 @@ def describe(cfg: Config) -> str:
     needed = memory(cfg, *size, bf16=dtype == "bf16", processes=parallel.size())
     lines.append(f"memory: about {needed / 2**30:.1f} GiB, of {parameters / 1e6:.0f} M parameters")
     speed = flops_per_second(device, torch.bfloat16 if dtype == "bf16" else torch.float32)
-    tokens = cfg.batch * (min(cfg.max_prompt_tokens, 300) + cfg.max_new_tokens / 4)  # typical lengths, not the longest
+    prompt = PROMPT.get(cfg.data, min(cfg.max_prompt_tokens, 300))
+    tokens = cfg.batch * (prompt + cfg.max_new_tokens / 4)  # typical lengths, not the longest
     read, trained = sum(found.values()) - 1, 4 if cfg.grad_checkpointing else 3
     seconds = 2 * parameters * tokens * (read + trained) / (REACHED * speed)
-    seconds += 2 * parameters * cfg.batch * cfg.max_new_tokens / 4 / (SAMPLING * speed)
+    seconds += cfg.on_policy * 2 * parameters * cfg.batch * cfg.max_new_tokens / 4 / (SAMPLING * speed)
     seconds /= parallel.size()
-    lines.append(
-        f"time: very roughly {seconds:.1f} s a step" + (f", {cfg.steps * seconds / 60:.0f} min" if cfg.steps else "")
-    )
+    lines.append(f"time on this device: very roughly {duration(seconds)} a step")
+    if cfg.steps:
+        lines[-1] += f", {duration(cfg.steps * seconds)} in all"
     return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """0.31 -> "0.3 s", 300 -> "5.0 min", 10390 -> "2.9 h"."""
+    unit, size = ("s", 1) if seconds < 120 else ("min", 60) if seconds < 7200 else ("h", 3600)
+    return f"{seconds / size:.1f} {unit}"
 
 
 def memory(

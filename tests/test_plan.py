@@ -47,7 +47,7 @@ def test_passes_are_those_of_a_real_step(recipe, tmp_path):
 def test_the_plan_of_a_model_that_is_not_here():
     text = plan.describe(make("unisd-star", model="Qwen2.5-0.5B", device="cpu"))
     assert "Qwen/Qwen2.5-0.5B-Instruct" in text and "3 agreement contexts" in text and "GiB" in text
-    assert "as many as 1 epochs of scienceqa need" in text
+    assert "as many as 1 epoch of scienceqa need" in text
     assert "unknown until the model is downloaded" in plan.describe(make("sd", model="someone/else", device="cpu"))
 
 
@@ -99,3 +99,14 @@ def test_the_memory_formula_against_a_measured_step(shape, recipe, monkeypatch):
 def test_dry_run_writes_nothing(tmp_path, capsys):
     assert train.cli(["--dry-run", "--out", str(tmp_path / "o"), "--device", "cpu"]) == 0
     assert "passes per step" in capsys.readouterr().out and not (tmp_path / "o").exists()
+
+
+def test_durations_are_written_as_one_would_say_them():
+    assert [plan.duration(s) for s in (0.31, 119, 300, 10390)] == ["0.3 s", "119.0 s", "5.0 min", "2.9 h"]
+
+
+def test_what_does_not_sample_is_not_billed_for_it(monkeypatch):
+    monkeypatch.setattr(plan, "flops_per_second", lambda *_: 1e9)
+    monkeypatch.setattr(plan, "SAMPLING", 1e-9)  # a sampled token costs centuries
+    time = lambda recipe: plan.describe(make(recipe)).splitlines()[-1].split("roughly ")[1]
+    assert " s a step" in time("sft") and " h a step" in time("sd")
