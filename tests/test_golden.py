@@ -261,7 +261,7 @@ def test_ports_in_numpy_under_other_names_and_with_the_loss_alone(tmp_path, monk
     assert [line.split(":")[0] for line in lines] == ["ok   half_life", "ok   forward_kl", "ok   kl", "ok   objective"]
     assert "gradients not compared" in lines[2] and "gradients 0.0e+00" in lines[3]
     assert check.main(["numpy_port:my_kl=reverse_kl", "--case", "ordinary"]) == 0
-    assert ": 1 cases" in capsys.readouterr().out
+    assert ": 1 case," in capsys.readouterr().out
     assert check.main(["numpy_port:my_kl=forward_kl"]) == 1
 
 
@@ -269,6 +269,9 @@ def test_ports_in_numpy_under_other_names_and_with_the_loss_alone(tmp_path, monk
     "argv, says",
     [
         (["no_such_module"], "cannot be imported"),
+        (["./losses"], "without .py or a path"),
+        (["losses.py"], "without .py or a path"),
+        (["losses", "--case", "["], "--case '[' is no regular expression"),
         (["losses:no_such_function"], "has no 'no_such_function'"),
         (["losses:kl=no_such_vector"], "there is no vector 'no_such_vector'"),
         (["math"], "no function named like a vector"),
@@ -284,6 +287,23 @@ def test_a_command_that_makes_no_sense_exits_with_2(argv, says, capsys):
     except SystemExit as stop:
         code = stop.code
     assert code == 2 and says in capsys.readouterr().err
+
+
+def test_what_a_porter_is_told(tmp_path, monkeypatch, capsys):
+    write_port(tmp_path, "broken_port", "def kl(p, q) return p")
+    source = "def forwrad_kl(student, teacher): return losses.forward_kl(student, teacher)\n"
+    source += "def entropy(logps):\n    return logps[..., 9]\n"
+    source += "def objective(*inputs, **s):\n    out = reference.objective(*inputs, **s)\n"
+    source += "    return out | dict(loss=out['loss'] * 2, div=out['div'] + 1) if 'div' in out else out\n"
+    write_port(tmp_path, "some_port", source)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert check.main(["broken_port"]) == 2 and "SyntaxError" in capsys.readouterr().err
+    assert check.main(["some_port"]) == 1
+    said = capsys.readouterr()
+    assert "some_port has 2 of 23 functions" in said.err and "forward_kl (but 'forwrad_kl')" in said.err
+    entropy, objective = said.out.splitlines()
+    assert "IndexError" in entropy and "(some_port.py, line 5) [3 of 3 cases failed]" in entropy
+    assert "; div at [0, 0]: expected" in objective and "loss: expected" in objective
 
 
 def test_the_folder_needs_numpy_and_nothing_else_of_the_repository(tmp_path):
@@ -312,7 +332,7 @@ vectors, port = check.load(), lambda names: ["ports.jax_unisd:" + name for name 
 steep = "sampled_reverse_kl clip_tokens contrastive feature_mse weighted_mean".split()
 failed = check.main([*port(vectors.keys() - {"objective", *steep}), "--no-gradients", "--case", "^(?!.*(K [245]|k [45]))"])
 failed += check.main(port(steep))
-some = "^everything, identity head|with nan|clip at the 0.7|sampled estimator, clip|budget 0.3|masked is refused"
+some = "^everything, identity head|with nan|clip at the 0.7|sampled estimator, clip|highest divergence|masked is refused"
 failed += check.main([*port(["objective"]), "--case", some])
 import jax
 from ports.jax_unisd import objective

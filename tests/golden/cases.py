@@ -120,6 +120,7 @@ def other_losses() -> list[Case]:
     sure = [math.log(0.6), -INF, math.log(0.3), math.log(0.1), -INF]
     both = dict(student=n.logps(B, T, V), teacher=f([sure] * T, [sure] * T))
     add("top_k_with_tail", "tokens that the teacher rules out lie in the tail", both, "student", k=2)
+    add("top_k_with_tail", "k 3: a tail of -inf only is -1e30, as an empty one", both, "student", k=3)
     sure = [-1e-14, -33.0, -34.0, -35.0, -36.0]
     both = dict(student=n.logps(B, T, V, width=30.0), teacher=f([sure] * T, [sure] * T))
     add("top_k_with_tail", "nearly all mass in the head: the tail is summed, not 1 - head", both, "student", k=2)
@@ -390,11 +391,15 @@ def edges() -> list[Case]:
     add("top-k 100 is the whole vocabulary: equal to recipe sd", estimator="top-k")
     sampled = dict(divergence="reverse", estimator="sampled")
     add("the sampled estimator of the reverse KL", **sampled)
+    add("the sampled estimator at distill temperature 0.7", distill_temperature=0.7, **sampled)
     add("the sampled estimator, clip 0.5: a negative value stays", clip=0.5, **sampled)
     some = dict(agreement_budget=0.5, **token)
     add("budget 0.5: contexts for the 2 rows of highest teacher's entropy, 1 elsewhere", **some)
-    some = dict(agreement_budget=0.3, uncertainty="divergence", clip=0.5, **sequence)
-    add("budget 0.3: contexts for the row of highest divergence, before the clip", **some)
+    name = "budget 0.5, distill temperature 0.25: the entropy is taken at it, which changes the rows"
+    add(name, distill_temperature=0.25, **some)
+    add("budget 0.4: 1.2 of 3 rows are 2, always rounded up", **some | dict(agreement_budget=0.4))
+    some = dict(agreement_budget=0.5, uncertainty="divergence", clip=0.5, **sequence)
+    add("budget 0.5: contexts for the 2 rows of highest divergence, before the clip", **some)
     add("budget 0 reads no context", agreement_budget=0.0, **token)
     add("agreement with gamma 0 reads no context", agreement="token", gamma=0.0)
     add("agreement without a divergence reads no context", w_div=0.0, w_match=1.0, **token)

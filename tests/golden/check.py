@@ -13,11 +13,13 @@ Depends on numpy, and on whatever the port needs; not on the rest of the reposit
 """
 
 import argparse
+import difflib
 import importlib
 import inspect
 import json
 import re
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -185,7 +187,8 @@ def check_case(port, case: dict, kind, tolerance: float, gradients: bool) -> tup
     except Exception as error:
         refused = {c.__name__ for c in type(error).__mro__}
         if "raises" not in case:
-            raise Mismatch(f"{type(error).__name__}: {error}") from error
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            raise Mismatch(f"{type(error).__name__}: {error} ({Path(at.filename).name}, line {at.lineno})") from error
         if case["raises"]["error"] not in refused or case["raises"]["names"] not in str(error):
             want = f"a {case['raises']['error']} that names {case['raises']['names']!r}"
             raise Mismatch(f"expected {want}, got {type(error).__name__}: {error}") from error
@@ -194,9 +197,14 @@ def check_case(port, case: dict, kind, tolerance: float, gradients: bool) -> tup
         raise Mismatch(
             f"expected a {case['raises']['error']} that names {case['raises']['names']!r}, nothing was raised"
         )
-    known, worst = case["outputs"] | case.get("intermediate", {}), 0.0
-    for name, x in outputs_of(case, value).items():
-        worst = max(worst, compare(name, kind.take(x), decode(known[name]), tolerance))
+    known, worst, wrong = case["outputs"] | case.get("intermediate", {}), 0.0, []
+    for name, x in outputs_of(case, value).items():  # all of them: what else is off tells where it began
+        try:
+            worst = max(worst, compare(name, kind.take(x), decode(known[name]), tolerance))
+        except Mismatch as difference:
+            wrong.append(str(difference))
+    if wrong:
+        raise Mismatch("; ".join(wrong))
     if found is None or not case["gradients"] or not gradients:
         return worst, None
     steepest = 0.0
@@ -238,20 +246,25 @@ def as_function(average_class):
 
 
 def check_function(port, name: str, cases: list[dict], kind, tolerance: float, gradients: bool) -> str:
-    """All cases of one function -> a line for the reader. Raises Mismatch at the first case that differs."""
-    worst, steepest, compared = 0.0, 0.0, False
+    """All cases of one function -> a line for the reader. Raises Mismatch with the first case that differs."""
+    worst, steepest, compared, wrong = 0.0, 0.0, False, []
     for case in cases:
         try:
             value, gradient = check_case(port, case, kind, tolerance, gradients)
         except Mismatch as difference:
-            raise Mismatch(f"case {case['case']!r}: {difference}") from difference
+            wrong.append(f"case {case['case']!r}: {difference}")
+            continue
         except Exception as error:  # what came back is no array
-            raise Mismatch(f"case {case['case']!r}: {type(error).__name__}: {error}") from error
+            wrong.append(f"case {case['case']!r}: {type(error).__name__}: {error}")
+            continue
         worst, compared = max(worst, value), compared or gradient is not None
         steepest = max(steepest, gradient or 0.0)
+    many = f"{len(cases)} case{'s' * (len(cases) != 1)}"
+    if wrong:
+        raise Mismatch(f"{wrong[0]} [{len(wrong)} of {many} failed]")
     wanted = any(case["gradients"] for case in cases)
     rest = f", gradients {steepest:.1e}" if compared else ", gradients not compared" if wanted else ""
-    return f"ok   {name}: {len(cases)} cases, worst error {worst:.1e}{rest}"
+    return f"ok   {name}: {many}, worst error {worst:.1e}{rest}"
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -262,14 +275,19 @@ def targets(text: str, vectors: dict) -> list[tuple]:
     place, _, rest = text.partition(":")
     try:
         module = importlib.import_module(place)
-    except ImportError as error:
-        raise ValueError(f"module {place!r} cannot be imported: {error}") from error
+    except Exception as error:  # a syntax error of the port, too
+        hint = "; give its name as in `import`, without .py or a path" if re.search(r"\.py$|[/\\]", place) else ""
+        raise ValueError(f"module {place!r} cannot be imported: {type(error).__name__}: {error}{hint}") from error
     if not rest:
         found = [(getattr(module, name), name, module) for name in vectors if hasattr(module, name)]
         if not hasattr(module, "ema_update") and inspect.isclass(vars(module).get("EMA")):
             found.append((module.EMA, "ema_update", module))
         if not found:
             raise ValueError(f"{place} has no function named like a vector; there are {', '.join(vectors)}")
+        if missing := vectors.keys() - {name for _, name, _ in found}:
+            near = {name: difflib.get_close_matches(name, vars(module), 1, 0.8) for name in sorted(missing)}
+            told = ", ".join(name + (f" (but {like[0]!r})" if like else "") for name, like in near.items())
+            print(f"check.py: {place} has {len(found)} of {len(vectors)} functions; not there: {told}", file=sys.stderr)
         return found
     ours, _, name = rest.partition("=")
     if not hasattr(module, ours):
@@ -293,13 +311,16 @@ def main(argv: list[str] | None = None) -> int:
     sys.path.insert(0, str(Path.cwd()))
     vectors, failed = load(), 0
     try:
-        vectors = {k: [c for c in cases if re.search(args.case, c["case"])] for k, cases in vectors.items()}
+        try:
+            vectors = {k: [c for c in cases if re.search(args.case, c["case"])] for k, cases in vectors.items()}
+        except re.error as error:
+            raise ValueError(f"--case {args.case!r} is no regular expression: {error}") from error
         todo = [t for text in args.target for t in targets(text, vectors) if vectors[t[1]]]
         if not todo:
             raise ValueError(f"no case matches --case {args.case!r}")
         names = [kind_of(port, module) if args.arrays == "auto" else args.arrays for port, _, module in todo]
         kinds = {name: KINDS[name](args.dtype) for name in set(names)}
-    except (ValueError, ImportError, re.error) as error:
+    except (ValueError, ImportError) as error:
         print(f"check.py: {error}", file=sys.stderr)
         return 2
     tolerance = TOLERANCE[args.dtype] if args.tolerance is None else args.tolerance
