@@ -7,7 +7,7 @@ them:
 
     python train.py --recipe ema --clip 2.0
 
-Order of precedence: the dataclass < PRESETS (what the model needs) < RECIPES < flags given by hand.
+Order of precedence: the dataclass < PRESETS (what the model needs) < RECIPES < PRESET_RECIPES < flags given by hand.
 Not like the official code: one layer of defaults instead of four, no flag that is parsed and then ignored, and settings
 that contradict each other or can have no effect are refused, or warned about, by name and with the fix, before anything
 is loaded.
@@ -166,9 +166,15 @@ def parse(argv: list[str] | None = None) -> Config:
     """The command line -> a checked Config. Unknown flags and recipes exit with code 2 and say what exists."""
     parser = argparse.ArgumentParser(
         prog="train.py",
-        description="Improve a model with its own answers, re-read with a reference in view (UniSD).",
+        description="Improve a model with its own answers, re-read with a reference in view (UniSD). The defaults shown are "
+        "those of the --model, --preset and --recipe beside --help.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
+        add_help=False,
+    )
+    # Not argparse's own: that would print the dataclass's defaults, before the model and the recipe have set theirs.
+    parser.add_argument(
+        "-h", "--help", action="store_true", default=argparse.SUPPRESS, help="show this message and exit"
     )
     own = list(Config.__annotations__)
     for f in sorted(fields(Config), key=lambda f: (f.name not in own, own.index(f.name) if f.name in own else 0)):
@@ -189,6 +195,9 @@ def parse(argv: list[str] | None = None) -> Config:
     parser.set_defaults(
         **({k: v for k, v in saved.items() if k in known} or layers(first.model, first.preset, first.recipe))
     )
+    if "help" in first:
+        parser.print_help()
+        parser.exit()
     cfg = Config(**vars(parser.parse_args(argv)))
     try:
         return check(cfg)

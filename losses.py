@@ -47,7 +47,7 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student): mass-covering. Gradient on the student's logits: p_student - p_teacher, bounded. (...,
+    """KL(teacher || student): mode-covering. Gradient on the student's logits: p_student - p_teacher, bounded. (...,
     V)x2 -> (...).
     """
     return kl(teacher, student)

@@ -85,9 +85,9 @@ def read(model: nn.Module, prompts: list[list[int]], ids: Tensor, mask: Tensor) 
     """The final-layer states that *predict* each unmasked completion token. B prompts, (B, T), (B, T) -> (N, H), row
     after row.
 
-    Rows are prompt + completion, padded on the right: a causal model cannot see the padding, so no attention mask and
-    no position ids are needed, and how much padding a batch has cannot change a result. The state at position i
-    predicts token i + 1: hence the - 1.
+    The mask is 1 from a row's first token on, then 0, as completion_mask makes it. Rows are prompt + completion, padded
+    on the right: a causal model cannot see the padding, so no attention mask and no position ids are needed, and how
+    much padding a batch has cannot change a result. The state at position i predicts token i + 1: hence the - 1.
     """
     lengths = mask.sum(1).tolist()
     rows = [p + c[:n] for p, c, n in zip(prompts, ids.tolist(), lengths, strict=True)]
@@ -237,7 +237,7 @@ class _ThroughHead(torch.autograd.Function):
                 logits, others = ready.logits(h), None
                 for q in chunks(len(h), piece):
                     of = slice(s.start + q.start, s.start + q.stop)
-                    at = q.start % side
+                    at = q.start % side  # place in the teacher's block, which is refilled at 0
                     if beside and at == 0:
                         others = None  # before the next ones are made
                         others = beside[1].logits(beside[0][of.start : min(of.start + side, s.stop)])

@@ -1,10 +1,9 @@
 """rollout.py - a model that answers: load it, sample from it, and know where an answer ends.
 
-What: on-policy completions y ~ p_student(. | x). Sampling is the library's job (Hugging Face `generate` with its KV
-cache); what is ours is the part that is easy to get wrong:
+What: on-policy completions y ~ p_student(. | x). Going on token by token is the library's job (Hugging Face `generate`
+with its KV cache); which token is drawn is ours (sampling.py), and so is what is easy to get wrong:
   - the completion mask is 1 up to and *including* the first end-of-text token, whatever the pad token is. `ids != pad`
-  would unlearn stopping
-    for every model whose pad token is its end token.
+  would unlearn stopping for every model whose pad token is its end token.
   - *every* end-of-text id counts, those of the generation config included (Gemma ends a turn with an id its tokenizer
   does not call eos).
   - a hub model's own sampling defaults (top-p, repetition penalty) are switched off: they would make the samples

@@ -250,7 +250,8 @@ def markdown(table: dict, out: Path) -> str:
     """The table as the README shows it: mean ± half a 95 % interval over seeds."""
     lines = [
         "Mean ± half of a 95 % interval over seeds (Student's t). Accuracy, gain over the base, OOD and families in per cent "
-        "of held-out questions; JSD in nats per token; step time: median over seeds, divided by that of `sft`.",
+        "of held-out questions; JSD in nats per token; step time: median over seeds, divided by that of `sft`, while other "
+        "runs shared the machine (`bench.py` measures it alone).",
         "",
     ]
     pm = lambda v, d: f"{v[0]:,.{d}f}" + (f" ± {v[1]:,.{d}f}" if v[1] == v[1] else "")

@@ -6,7 +6,7 @@
 
 What is the method stands under the five banners in `train`; everything else is plumbing: the run's folder, checkpoints,
 tables. `--out` receives log.jsonl (a row a step), curves.png, the trained model as a Hugging Face checkpoint,
-summary.json, and checkpoint-<step>/.
+summary.json, and checkpoint-<step>/. What a `run` holds is the dataclass Run in build.py.
 
 Not like the official code: one denominator per optimizer step, so the gradient does not depend on the micro-batch; the
 EMA teacher, the data cursor and every random state are in the checkpoint, so a resumed run equals an uninterrupted one

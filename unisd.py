@@ -4,12 +4,15 @@ What: a student wrote an answer. It is read again by the student (question alone
 reference), by the teacher under K other contexts (agreement) and by the teacher who was given a wrong reference
 (contrast). UniSD (arXiv 2605.06597), eq. 1 and 9:
 
-    L = sum_t c_t min(D_t, kappa)  +  sum_t a_t (w_contrast C_t + w_match F_t + w_nll N_t)
-    c_t = m_t w_t / sum m w     a_t = m_t / sum m     (sums over the whole optimizer step; w from agreement.py)
+    L = w_div sum_t c_t min(D_t, kappa)  +  sum_t a_t (w_contrast C_t + w_match F_t + w_nll N_t)
+    c_t = m_t w_t / sum m w     a_t = m_t / sum m     (sums over the whole optimizer step; w from agreement.py, and the
+                                                      other normalizer, too)
 
 D divergence, C contrast, F features (losses.py), N = -log p_student(y_t) for the cross-entropy baselines, m the
 completion mask. The coefficients are known before the first backward, so the gradient cannot depend on how a step is
 split into micro-batches.
+
+`ranks` is one run on several processes (parallel.py); in a single process its methods give back what they are given.
 
 Not like the official code: the sampling temperature does not rescale the loss, each mechanism composes with every
 other, and what is off is not computed. How tokens become log-probabilities without a tensor of B*T*V is in reading.py.
@@ -228,7 +231,7 @@ def least_certain(
 
 
 def reliability(readings: Tensor, mask: Tensor, m: Mechanisms, ranks: Alone = ALONE) -> Tensor:
-    """Eq. 2: K readings of the sampled tokens' log-probs -> weights, 1 where masked. (K, B, T), (B, T) -> (B, T)."""
+    """Eq. 2: K readings of the sampled tokens' log-probs -> weights; masked tokens' count nowhere. (K, B, T), (B, T) -> (B, T)."""
     delta = agreement.disagreement(readings, mask, m.agreement, m.stat)
     if m.agreement == "token":
         return ranks.mine(agreement.token_weights(ranks.gather(delta), ranks.gather(mask), m.gamma), mask)

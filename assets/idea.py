@@ -50,7 +50,7 @@ def draw(path: Path) -> None:
     for y, colour in ((5.35, GREEN), (3.85, PURPLE), (2.35, ORANGE)):
         arrow(axis, (6.95, 3.1), (8.35, y), "", colour)
     axis.text(7.55, 4.85, "2 score", fontsize=9, color=GREY, ha="center")
-    loss = "D( student ‖ teacher ), clipped   ×   agreement of the K contexts\n"
+    loss = "D( teacher, student ), clipped   ×   agreement of the K contexts\n"
     loss += "+ contrast with the misled teacher   + feature matching"
     box(axis, 0.1, 0.05, 6.8, 1.3, "3 loss, per token", loss, GREY)
     arrow(axis, (8.35, 1.95), (6.95, 0.85), "", GREY)
