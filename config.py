@@ -173,19 +173,13 @@ def parse(argv: list[str] | None = None) -> Config:
         add_help=False,
     )
     # Not argparse's own: that would print the dataclass's defaults, before the model and the recipe have set theirs.
-    parser.add_argument(
-        "-h", "--help", action="store_true", default=argparse.SUPPRESS, help="show this message and exit"
-    )
+    parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS, help="show this and exit")
     own = list(Config.__annotations__)
     for f in sorted(fields(Config), key=lambda f: (f.name not in own, own.index(f.name) if f.name in own else 0)):
-        kind = {"int": int, "float": float, "str": str, "bool": bool}[
-            f.type if isinstance(f.type, str) else f.type.__name__
-        ]
-        how = (
-            dict(action=argparse.BooleanOptionalAction)
-            if kind is bool
-            else dict(type=kind, choices=f.metadata["choices"] or None)
-        )
+        kind = f.type if isinstance(f.type, str) else f.type.__name__
+        kind = {"int": int, "float": float, "str": str, "bool": bool}[kind]
+        how = dict(type=kind, choices=f.metadata["choices"] or None)
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else how
         parser.add_argument(flag(f.name), default=f.default, help=f.metadata["help"], **how)
     first = parser.parse_args(argv)
     # A resumed run goes on under its own settings; what is given by hand on top is compared with them
@@ -196,8 +190,7 @@ def parse(argv: list[str] | None = None) -> Config:
         **({k: v for k, v in saved.items() if k in known} or layers(first.model, first.preset, first.recipe))
     )
     if "help" in first:
-        parser.print_help()
-        parser.exit()
+        parser.exit(print(parser.format_help()) or 0)
     cfg = Config(**vars(parser.parse_args(argv)))
     try:
         return check(cfg)
