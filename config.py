@@ -177,9 +177,8 @@ def parse(argv: list[str] | None = None) -> Config:
     own = list(Config.__annotations__)
     for f in sorted(fields(Config), key=lambda f: (f.name not in own, own.index(f.name) if f.name in own else 0)):
         kind = f.type if isinstance(f.type, str) else f.type.__name__
-        kind = {"int": int, "float": float, "str": str, "bool": bool}[kind]
-        how = dict(type=kind, choices=f.metadata["choices"] or None)
-        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else how
+        how = dict(type={"int": int, "float": float, "str": str}.get(kind), choices=f.metadata["choices"] or None)
+        how = dict(action=argparse.BooleanOptionalAction) if kind == "bool" else how
         parser.add_argument(flag(f.name), default=f.default, help=f.metadata["help"], **how)
     first = parser.parse_args(argv)
     # A resumed run goes on under its own settings; what is given by hand on top is compared with them
@@ -190,7 +189,8 @@ def parse(argv: list[str] | None = None) -> Config:
         **({k: v for k, v in saved.items() if k in known} or layers(first.model, first.preset, first.recipe))
     )
     if "help" in first:
-        parser.exit(print(parser.format_help()) or 0)
+        parser.print_help()
+        parser.exit()
     cfg = Config(**vars(parser.parse_args(argv)))
     try:
         return check(cfg)

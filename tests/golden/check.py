@@ -251,11 +251,9 @@ def check_function(port, name: str, cases: list[dict], kind, tolerance: float, g
     for case in cases:
         try:
             value, gradient = check_case(port, case, kind, tolerance, gradients)
-        except Mismatch as difference:
-            wrong.append(f"case {case['case']!r}: {difference}")
-            continue
-        except Exception as error:  # what came back is no array
-            wrong.append(f"case {case['case']!r}: {type(error).__name__}: {error}")
+        except Exception as error:  # not a Mismatch: what came back is no array
+            what = error if isinstance(error, Mismatch) else f"{type(error).__name__}: {error}"
+            wrong.append(f"case {case['case']!r}: {what}")
             continue
         worst, compared = max(worst, value), compared or gradient is not None
         steepest = max(steepest, gradient or 0.0)
@@ -297,6 +295,13 @@ def targets(text: str, vectors: dict) -> list[tuple]:
     return [(getattr(module, ours), name or ours, module)]
 
 
+def expression(text: str) -> re.Pattern:
+    try:
+        return re.compile(text)
+    except re.error as error:  # argparse knows ValueErrors only
+        raise argparse.ArgumentTypeError(f"--case {text!r} is no regular expression: {error}") from error
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="check.py", description="Check a port against the golden vectors.")
     parser.add_argument("target", nargs="+", help="module, module:function, or module:function=name_of_the_vector")
@@ -304,20 +309,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--arrays", default="auto", choices=("auto", *KINDS), help="what the port takes (default: by its imports)"
     )
-    parser.add_argument("--case", default="", help="only cases whose name matches this regular expression")
+    parser.add_argument(
+        "--case", default="", type=expression, help="only cases whose name matches this regular expression"
+    )
     parser.add_argument("--tolerance", type=float, help="instead of the README's for this dtype")
     parser.add_argument("--no-gradients", action="store_true", help="compare values only")
     args = parser.parse_args(argv)
     sys.path.insert(0, str(Path.cwd()))
     vectors, failed = load(), 0
     try:
-        try:
-            vectors = {k: [c for c in cases if re.search(args.case, c["case"])] for k, cases in vectors.items()}
-        except re.error as error:
-            raise ValueError(f"--case {args.case!r} is no regular expression: {error}") from error
+        vectors = {k: [c for c in cases if args.case.search(c["case"])] for k, cases in vectors.items()}
         todo = [t for text in args.target for t in targets(text, vectors) if vectors[t[1]]]
         if not todo:
-            raise ValueError(f"no case matches --case {args.case!r}")
+            raise ValueError(f"no case matches --case {args.case.pattern!r}")
         names = [kind_of(port, module) if args.arrays == "auto" else args.arrays for port, _, module in todo]
         kinds = {name: KINDS[name](args.dtype) for name in set(names)}
     except (ValueError, ImportError) as error:
