@@ -16,7 +16,10 @@ import torch
 import benchmarks
 import checkpoint
 import contexts
+import jsonl
+import metrics
 import parallel
+import plan
 import world
 from config import DEPARTURES, Config
 from data import Task, chat_ids
@@ -55,10 +58,8 @@ def load_task(cfg: Config) -> tuple[Task, dict]:
         return world.load(cfg.train_size, cfg.eval_size, cfg.wrong_references, cfg.seed), {}
     if cfg.wrong_references:
         raise ValueError("--wrong-references works in the tiny world only; set it to 0, or use --data tiny")
-    if cfg.data.endswith(".jsonl"):
-        task, manifest = benchmarks.load_jsonl(cfg.data, seed=cfg.seed)
-        task.train, task.test = task.train[: cfg.train_size or None], task.test[: cfg.eval_size or None]
-        return task, manifest
+    if jsonl.is_file(cfg.data):
+        return jsonl.load_jsonl(cfg.data, train_size=cfg.train_size, test_size=cfg.eval_size, seed=cfg.seed)
     size = None if cfg.steps == cfg.epochs == 0 else cfg.train_size  # only evaluating: training data is not even read
     # Negatives are made whether the recipe needs them or not: the data and its fingerprint are the same for every
     # recipe.
@@ -112,12 +113,16 @@ def start(cfg: Config, out: Path) -> Run:
     device, ranks = place(cfg)
     if cfg.preset == "official":
         print("official settings, except:\n  - " + "\n  - ".join(DEPARTURES))
+    task, manifest = load_task(cfg)  # before the model: its mistakes are the usual ones, and loading a model takes long
+    if cfg.resume:
+        checkpoint.check_data(out, manifest)
+    if jsonl.is_file(cfg.data):
+        print(jsonl.summary(manifest))
     # Under LoRA nothing of the base is trained: it may lie in bf16. What is trained is always fp32.
     lm = load(cfg.model, device, torch.bfloat16 if cfg.lora_rank and cfg.dtype == "bf16" else torch.float32)
     lm.merge()
     lm.dtype, lm.sample_batch, lm.engine, lm.ranks = cfg.dtype, cfg.sample_batch, cfg.engine, ranks
     lm.train_text_only()
-    task, manifest = load_task(cfg)
     model = lm.model
     check_head(model, lm.vocab, chat_ids(lm.tokenizer, "1 + 1"))
     room = lm.context - cfg.max_new_tokens
@@ -126,8 +131,11 @@ def start(cfg: Config, out: Path) -> Run:
             f"--max-new-tokens {cfg.max_new_tokens} leaves no room in the model's context of {lm.context}: lower it"
         )
     cfg.max_prompt_tokens = min(cfg.max_prompt_tokens, room)
+    task.test, task.ood = (metrics.that_fit(lm, side, cfg.max_new_tokens) for side in (task.test, task.ood))
+    if not task.test:
+        raise ValueError("no held-out question fits: lower --max-new-tokens, or give shorter ones")
     if cfg.steps == 0 and cfg.epochs:
-        cfg.steps = max(1, round(cfg.epochs * len(task.train) / cfg.batch))
+        cfg.steps = plan.steps_of(cfg, len(task.train))
     print(
         f"model {lm.name} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters) | "
         f"data {task.name} ({len(task.train)} questions, {task.fingerprint()}) | {cfg.steps} steps of {cfg.batch}"

@@ -26,6 +26,11 @@ import torch
 import parallel
 from config import SETTINGS, Config, saved_settings
 
+try:
+    import fcntl
+except ImportError:  # Windows: there a folder is not locked
+    fcntl = None
+
 
 def claim(cfg: Config) -> Path:
     """Make --out this run's folder. Raises ValueError if it holds another run, or none that --resume could go on with."""
@@ -39,9 +44,29 @@ def claim(cfg: Config) -> Path:
     if cfg.resume:
         check_same(out, cfg)
     out.mkdir(parents=True, exist_ok=True)
+    hold(out)
     for leftover in out.glob(".writing-*"):  # a save that was killed half way
         shutil.rmtree(leftover, ignore_errors=True)
     return out
+
+
+HELD: dict[Path, int] = {}  # folder -> the descriptor of its lock file, open as long as the process lives
+
+
+def hold(out: Path) -> None:
+    """Keep every other process out of this folder until this one ends, however it ends: two runs in one folder would mix
+    their logs and delete each other's checkpoints. Raises ValueError if another process is at work there.
+    """
+    if out in HELD:
+        os.close(HELD.pop(out))
+    HELD[out] = os.open(out / ".lock", os.O_CREAT | os.O_WRONLY)
+    try:
+        if fcntl:
+            fcntl.flock(HELD[out], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--out {out}: another process is at work there; let it finish, or stop it first") from None
+    except OSError:  # a file system without locks
+        pass
 
 
 # Settings that may change at --resume: they alter what is watched or where it runs, not what is computed.
@@ -73,6 +98,16 @@ def room_for(out: Path, parameters: int) -> None:
     if free < need:
         raise ValueError(
             f"--out {out}: {free / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed for checkpoints; free space, or choose another disk"
+        )
+
+
+def check_data(out: Path, manifest: dict) -> None:
+    """Refuse to go on with another file of questions: its answers would mix with the old ones'. Raises ValueError."""
+    path = out / "manifest.json"
+    saved = json.loads(path.read_text()) if path.exists() else {}
+    if saved and saved.get("sha256") != manifest.get("sha256"):
+        raise ValueError(
+            f"--data {manifest['data']} has changed since the run in {out} began: put that file back, or choose another --out"
         )
 
 
@@ -241,7 +276,8 @@ def clear(out: Path) -> None:
     """A finished run needs its checkpoints no more: its model lies in <out> itself."""
     for folder in all_checkpoints(out):
         shutil.rmtree(folder, ignore_errors=True)
-    (out / "before.json").unlink(missing_ok=True)
+    for leftover in ("before.json", ".lock"):
+        (out / leftover).unlink(missing_ok=True)
 
 
 def save_bad_batch(run, batch, loss: float, norm: float) -> str:

@@ -8,6 +8,7 @@ What: context k of a question is the same task, seen through something else, wit
     induction   a general instruction, which the model itself wrote after looking at solved examples
 
 The same answer is read under all K of them; where the readings differ, it is the context that differs, never the task.
+(Where a task has too few questions, as a small file of one's own may, examples of the other tasks fill up.)
 Not like the official code: the grid {random, retrieval, induction} x {with, without the reference} is two settings, not
 an accident of the data set; retrieval never returns the question itself or a duplicate; induction goes through the chat
 template and is seeded; what was made is kept in a file stamped with everything it depends on, and made again when any
@@ -29,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import write_json
-from data import Example, Task, chat_ids, context_message, fit_prompt, instruction_message, teacher_message
+from data import Example, Task, TooLong, chat_ids, context_message, fit_prompt, instruction_message, teacher_message
 from rollout import Loaded, decode, generate, right_pad
 
 INDUCE = (
@@ -57,12 +58,17 @@ def random_demos(pool: list[Example], index: int, contexts: int, demos: int, see
 
 
 def others_of(pool: list[Example], index: int, at_least: int) -> list[int]:
-    """The numbers of the other questions of the same task. Raises ValueError if there are too few."""
+    """The numbers of the other questions of the same task; if these are too few, of the other tasks too. Raises
+    ValueError if there are still too few.
+    """
     own = pool[index]
     found = [i for i, e in enumerate(pool) if e.task == own.task and e.question != own.question]
     if len(found) < at_least:
+        found = [i for i, e in enumerate(pool) if e.question != own.question]
+    if len(found) < at_least:
         raise ValueError(
-            f"--demos {at_least}: only {len(found)} other examples of task {own.task!r}; lower it, or add data"
+            f"--agreement: the contexts of a question need {at_least} other training questions, and there are {len(found)}; "
+            "add data, lower --demos, or use --agreement none"
         )
     return found
 
@@ -80,7 +86,7 @@ def similar_demos(pool: list[Example], vectors: Tensor, index: int, contexts: in
 @torch.no_grad()
 def states_of(lm: Loaded, texts: list[str], batch: int = 32) -> Tensor:
     """The model's own mean-pooled final-layer states of each text, unit length. -> (n, H), fp32, on the CPU."""
-    rows = [lm.tokenizer(t, add_special_tokens=False)["input_ids"][: lm.context] or [0] for t in texts]
+    rows = [lm.tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"][: lm.context] or [0] for t in texts]
     out = torch.zeros(len(rows), lm.model.config.get_text_config().hidden_size)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # little padding
     lm.model.eval()
@@ -176,7 +182,7 @@ def encode(tokenizer, task: Task, i: int, cfg, prepared: dict) -> tuple[dict, in
     """The token ids of every prompt of training example i that the settings need; what is off is not built.
 
     -> ({"student": ids, "teacher": ids, "negative": ids, "contexts": K ids}, reference tokens that had to be cut).
-    Raises ValueError if a question alone is too long.
+    Raises TooLong if a question alone is, ValueError if there are too few other questions for its contexts.
     """
     e, words, limit = task.train[i], task.wording, cfg.max_prompt_tokens
     if prepared.get("negatives"):
@@ -221,7 +227,7 @@ def context_ids(tokenizer, task: Task, i: int, cfg, demos: list[int], instructio
 
         try:
             return fit_prompt(tokenizer, build, e.reference if cfg.context_reference else "", limit)[0]
-        except ValueError:
+        except TooLong:
             if not share:
                 raise
     raise AssertionError("unreachable")
@@ -232,14 +238,14 @@ def encode_all(tokenizer, task: Task, cfg, prepared: dict) -> tuple[dict[int, di
     mid-run.
 
     -> ({example number: its prompts}, {"too_long", "references_cut"} for the manifest). Raises ValueError if nothing
-    fits.
+    fits, or if there are too few questions for the contexts.
     """
     prompts, cuts, problem = {}, 0, ""
     for i in tqdm(range(len(task.train)), desc="prompts", unit="question", disable=len(task.train) < 5000):
         try:
             prompts[i], cut = encode(tokenizer, task, i, cfg, prepared)
             cuts += cut > 0
-        except ValueError as error:
+        except TooLong as error:
             problem = str(error)
     if not prompts:
         raise ValueError(problem)

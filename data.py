@@ -19,6 +19,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
+class TooLong(ValueError):
+    """A question that does not fit, even without its reference."""
+
+
 @dataclass(frozen=True)
 class Example:
     """One question. The student sees `question`; only teachers see `reference` and `negative`; only the scorer sees
@@ -80,7 +84,8 @@ def chat_ids(tokenizer, message: str) -> list[int]:
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True, enable_thinking=False
     )
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has the special tokens already
+    # The template has the special tokens already. Not verbose: what is too long is our business, and said by us.
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def teacher_message(wording: Wording, question: str, reference: str) -> str:
@@ -102,19 +107,20 @@ def fit_prompt(tokenizer, build: Callable[[str], str], reference: str, limit: in
     """Prompt ids of build(reference), the *reference* shortened from its end until the prompt has at most `limit`
     tokens.
 
-    -> (ids, how many reference tokens were cut). The question and the assistant header are never cut: raises ValueError
+    -> (ids, how many reference tokens were cut). The question and the assistant header are never cut: raises TooLong
     if they alone are too long. (Cutting token lists from either side loses one or the other, silently.)
     """
     ids = chat_ids(tokenizer, build(reference))
     if len(ids) <= limit:
         return ids, 0
-    tokens = tokenizer(reference, add_special_tokens=False)["input_ids"]
+    tokens = tokenizer(reference, add_special_tokens=False, verbose=False)["input_ids"]
     keep = len(tokens)
     while len(ids) > limit and keep > 0:
         keep = max(0, keep - (len(ids) - limit))
         ids = chat_ids(tokenizer, build(tokenizer.decode(tokens[:keep])))
     if len(ids) > limit:
-        raise ValueError(
-            f"a question of {len(ids)} tokens without its reference is over the limit of {limit}: raise --max-prompt-tokens"
+        raise TooLong(
+            f"a question of {len(ids)} tokens without its reference is over the limit of {limit}: shorten it, raise "
+            "--max-prompt-tokens, or, where the model's context is the limit, lower --max-new-tokens"
         )
     return ids, len(tokens) - keep

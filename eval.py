@@ -11,7 +11,7 @@ share that ended by itself. `--out` receives eval.json, eval.md, a figure and th
 again only for the very same weights, prompts and settings. A task that cannot be loaded is named and left out; the
 others go on.
 
-Depends on metrics.py, world.py, benchmarks.py, rollout.py.   Try it:  python -m pytest tests/test_eval.py -q
+Depends on metrics.py, world.py, benchmarks.py, jsonl.py, rollout.py.   Try it:  python -m pytest tests/test_eval.py -q
 """
 
 import argparse
@@ -19,6 +19,7 @@ import json
 import sys
 import tempfile
 import warnings
+from itertools import compress
 from pathlib import Path
 
 import matplotlib
@@ -28,8 +29,10 @@ import matplotlib.pyplot as plt
 import torch
 
 import benchmarks
+import jsonl
 import metrics
 import world
+from config import saved_settings
 from data import Task
 from rollout import Loaded, choose_device, load
 
@@ -45,10 +48,8 @@ def task_of(name: str, size: int) -> Task:
     """The tiny world, a benchmark, or a .jsonl file, for evaluation only. Raises ValueError if it cannot be loaded."""
     if name == "tiny":
         return world.load(train_size=5, test_size=size or 100)
-    if name.endswith(".jsonl"):
-        task = benchmarks.load_jsonl(name)[0]
-        task.test = task.test[: size or None]
-        return task
+    if jsonl.is_file(name):
+        return jsonl.load_jsonl(name, test_size=size, negatives=False)[0]
     return benchmarks.load_task(name, train_size=None, test_size=size)[0]
 
 
@@ -65,12 +66,20 @@ def one_model(lm: Loaded, task: Task, limit: int, cache: Path) -> dict:
 
 
 def evaluate(model: Loaded, base: Loaded | None, task: Task, limit: int, cache: Path) -> dict:
-    """One task: the model, its base, and what lies between them."""
+    """One task: the model, its base, and what lies between them. Raises ValueError if no question fits."""
     limit = limit or min(task.max_new_tokens, model.context // 2)
+    for lm in filter(None, (model, base)):
+        task.test, task.ood = (metrics.that_fit(lm, side, limit) for side in (task.test, task.ood))
+    if not task.test:
+        raise ValueError(
+            f"--task {task.name}: no question fits beside an answer of {limit} tokens; lower --max-new-tokens"
+        )
     report = {"task": task.name, "n": len(task.test), "model": one_model(model, task, limit, cache)}
     if base:
         report["base"] = one_model(base, task, limit, cache)
-        report["paired"] = metrics.paired(report["model"]["alone"]["correct"], report["base"]["alone"]["correct"])
+        scored = [e.answer is not None for e in task.test]
+        hits = lambda who: list(compress(report[who]["alone"]["correct"], scored))
+        report["paired"] = metrics.paired(hits("model"), hits("base")) if any(scored) else None
         report["drift"] = metrics.drift(model, base, task, task.test, limit, cache)
     return report
 
@@ -90,22 +99,23 @@ def one_task(report: dict) -> str:
         f"{m['alone']['abstained']:.0f} % | entropy {m['entropy']:.3f} nats | gold PPL {m['gold_ppl']:.3f}"
     )
     if "base" in report:
-        p, d = report["paired"], report["drift"]
-        text += (
-            f"\nagainst the base on the same questions: {p['difference']:+.1f} points "
-            f"[{p['interval'][0]:+.1f}, {p['interval'][1]:+.1f}], {p['wins']} gained, {p['losses']} lost | "
-            + " | ".join(f"{k} {v:.4f}" for k, v in d.items())
-        )
+        p, text = report["paired"], text + "\nagainst the base on the same questions: "
+        if p:
+            text += f"{p['difference']:+.1f} points [{p['interval'][0]:+.1f}, {p['interval'][1]:+.1f}], "
+            text += f"{p['wins']} gained, {p['losses']} lost | "
+        text += " | ".join(f"{k} {v:.4f}" for k, v in report["drift"].items())
     return text
 
 
 def rows_of(reports: list[dict]) -> dict[str, dict[str, tuple[float, list[float]]]]:
-    """{model or base: {column: (accuracy, interval)}}, a column per task, its out-of-distribution task right behind it."""
+    """{model or base: {column: (accuracy, interval)}}, a column per task, its out-of-distribution task right behind it;
+    none for a task that cannot be scored.
+    """
     rows: dict = {}
     for r in reports:
         for who in ("base", "model"):
             for part, name in (("alone", r["task"]), ("ood", f"{r['task']} (out of distribution)")):
-                if who in r and part in r[who]:
+                if who in r and part in r[who] and r[who][part]["accuracy"] is not None:
                     found = r[who][part]
                     hits = sum(found["correct"])
                     rows.setdefault(who, {})[name] = (found["accuracy"], list(metrics.wilson(hits, found["n"])))
@@ -115,6 +125,8 @@ def rows_of(reports: list[dict]) -> dict[str, dict[str, tuple[float, list[float]
 def table_1(reports: list[dict]) -> str:
     """Rows are models, columns are tasks, the last is their mean."""
     rows = rows_of(reports)
+    if not rows:
+        return "nothing here can be scored"
     columns = list(next(iter(rows.values())))
     lines = ["| | " + " | ".join(columns) + " | mean |", "|---" * (len(columns) + 2) + "|"]
     for who, cells in rows.items():
@@ -162,12 +174,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--size",
-        type=int,
+        type=at_least(0),
         default=100,
         help="questions per family of the tiny world, else per task (0 = all; the tiny world has no end: 100)",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=0, help="longest answer (0 = the task's own)")
-    parser.add_argument("--sample-batch", type=int, default=256, help="prompts answered together; bounds memory")
+    parser.add_argument(
+        "--max-new-tokens", type=at_least(0), default=0, help="longest answer (0 = the run's, else the task's)"
+    )
+    parser.add_argument(
+        "--sample-batch", type=at_least(1), default=256, help="prompts answered together; bounds memory"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="matmul precision")
     parser.add_argument(
@@ -184,6 +200,9 @@ def main(argv: list[str] | None = None) -> int:
         except ValueError as error:
             print(f"eval.py: {error}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            print("eval.py: stopped; answers in --out are used again by the same command", file=sys.stderr)
+            return 130
     text = "\n\n".join(map(one_task, reports))
     if len(reports) > 1:
         text = table_1(reports) + "\n\n" + text
@@ -191,31 +210,47 @@ def main(argv: list[str] | None = None) -> int:
         out = Path(args.out)
         (out / "eval.json").write_text(json.dumps(reports, indent=1) + "\n")
         (out / "eval.md").write_text(text + "\n")
-        figure(reports, out / "eval.png")
+        if rows_of(reports):
+            figure(reports, out / "eval.png")
     print(text)
     return 0
 
 
+def at_least(least: int):
+    """The type of a flag that is a whole number from `least` on."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is below {least}")
+        return value
+
+    return number
+
+
 def run(args, cache: Path) -> list[dict]:
     """A report per task that can be loaded. Raises ValueError if none can, or a model cannot."""
-    names, reports, problems = TABLE_1 if args.task == "all" else (args.task,), [], []
+    if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
+        raise ValueError(f"--out {args.out} is a file; choose a folder")
+    tasks, problems = [], []
+    for name in TABLE_1 if args.task == "all" else (args.task,):  # before the models: loading these takes longer
+        try:
+            tasks.append(task_of(name, args.size))
+        except ValueError as error:
+            problems.append(str(error))
+    if not tasks:
+        raise ValueError(problems[0])
+    for problem in problems:
+        print(f"eval.py: left out: {problem}", file=sys.stderr)
     device, dtype, reason = choose_device(args.device, args.dtype)
     print(reason, file=sys.stderr)
     model = load(args.model, device)
     base = load(args.base, device) if args.base else None
     for lm in filter(None, (model, base)):
         lm.dtype, lm.sample_batch = dtype, args.sample_batch
-    for name in names:
-        try:
-            task = task_of(name, args.size)
-        except ValueError as error:
-            problems.append(str(error))
-            print(f"eval.py: left out: {error}", file=sys.stderr)
-            continue
-        reports.append(evaluate(model, base, task, args.max_new_tokens, cache))
-    if not reports:
-        raise ValueError(problems[0])
-    return reports
+    # A run's answers are measured at the length it was trained with.
+    limit = args.max_new_tokens or saved_settings(args.model).get("max_new_tokens", 0)
+    return [evaluate(model, base, task, limit, cache) for task in tasks]
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ Depends on losses.py, reading.py, data.py, rollout.py.   Try it:  python -m pyte
 
 import hashlib
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 import losses
-from data import Example, Task, fit_prompt, teacher_message
+from data import Example, Task, chat_ids, fit_prompt, teacher_message
 from parallel import whole_layers
 from reading import chunks, head_of, passes, read, sampled_logps
 from rollout import Loaded, decode, generate, right_pad, turn_end
@@ -40,6 +41,22 @@ def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
     p, zz = correct / n, z * z / n
     middle, half = (p + zz / 2) / (1 + zz), z * math.sqrt(p * (1 - p) / n + zz / (4 * n)) / (1 + zz)
     return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+
+
+def that_fit(lm: Loaded, examples: Sequence[Example], limit: int) -> list[Example]:
+    """The questions that leave room for an answer of `limit` tokens in the model's context. The others are left out with a
+    warning: one of them would otherwise end the evaluation of all.
+    """
+    room = lm.context - limit
+    kept = [e for e in examples if len(chat_ids(lm.tokenizer, e.question)) <= room]
+    if len(kept) < len(examples):
+        first = next(e for e in examples if e not in kept)
+        warnings.warn(
+            f"{len(examples) - len(kept)} of {len(examples)} held-out questions are left out, first {first.question[:40]!r}: "
+            f"longer than the {room} tokens that the model's context leaves beside --max-new-tokens {limit}",
+            stacklevel=2,
+        )
+    return kept
 
 
 def prompts_for(
@@ -68,17 +85,19 @@ def measure(
 
     -> {"accuracy": mean over families, "by_task", "interval", "abstained", "length" (tokens), "eos" (ended by itself),
     "n", "correct": one bool per example, "extra": per family, the mean of every further number that the scorer gives}
+    A family without answers cannot be scored: None in "by_task", and in "accuracy" if there is no other.
     """
     limit = limit or task.max_new_tokens
     ids, mask = answers(lm, prompts_for(lm, task, examples, with_reference, limit), limit, cache)
     results = task.score(examples, decode(lm, ids, mask))
     families = list(dict.fromkeys(e.task for e in examples))
     of = {f: [r for e, r in zip(examples, results, strict=True) if e.task == f] for f in families}
-    by_task = {f: 100 * sum(r["correct"] for r in rs) / len(rs) for f, rs in of.items()}
+    scored = {e.task for e in examples if e.answer is not None}
+    by_task = {f: 100 * sum(r["correct"] for r in rs) / len(rs) if f in scored else None for f, rs in of.items()}
     return {
-        "accuracy": sum(by_task.values()) / len(by_task),
+        "accuracy": sum(by_task[f] for f in scored) / len(scored) if scored else None,
         "by_task": by_task,
-        "interval": {f: list(wilson(sum(r["correct"] for r in rs), len(rs))) for f, rs in of.items()},
+        "interval": {f: list(wilson(sum(r["correct"] for r in rs), len(rs))) for f, rs in of.items() if f in scored},
         "abstained": 100 * sum(r["abstained"] for r in results) / len(results),
         "length": mask.sum(1).float().mean().item(),
         "eos": 100 * ended(lm, ids, mask).float().mean().item(),
@@ -175,9 +194,8 @@ def drift(
 def gold_ppl(lm: Loaded, task: Task, examples: Sequence[Example]) -> float:
     """Perplexity of the gold solutions (an example's target, or its reference), asked without them."""
     prompts = prompts_for(lm, task, examples, False, limit=1)
-    rows = [
-        lm.tokenizer(e.target or e.reference, add_special_tokens=False)["input_ids"] + [turn_end(lm)] for e in examples
-    ]
+    ids = lambda e: lm.tokenizer(e.target or e.reference, add_special_tokens=False, verbose=False)["input_ids"]
+    rows = [ids(e) + [turn_end(lm)] for e in examples]
     rows = [r[: max(1, lm.context - len(p))] for r, p in zip(rows, prompts, strict=True)]
     return perplexity(lm, prompts, *right_pad(rows, lm.device))
 
@@ -241,8 +259,15 @@ def table(columns: dict[str, dict]) -> str:
     lines = ["| family | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for f in families:
         cells = [
-            f"{c['by_task'][f]:5.1f} [{c['interval'][f][0]:.0f}, {c['interval'][f][1]:.0f}]" for c in columns.values()
+            f"{percent(c['by_task'][f]):>5}"
+            + (f" [{c['interval'][f][0]:.0f}, {c['interval'][f][1]:.0f}]" if c["by_task"][f] is not None else "")
+            for c in columns.values()
         ]
         lines.append(f"| {f} | " + " | ".join(cells) + " |")
-    lines.append("| **mean** | " + " | ".join(f"**{c['accuracy']:.1f}**" for c in columns.values()) + " |")
+    lines.append("| **mean** | " + " | ".join(f"**{percent(c['accuracy'])}**" for c in columns.values()) + " |")
     return "\n".join(lines)
+
+
+def percent(accuracy: float | None) -> str:
+    """An accuracy as it is printed; None is that of questions without answers."""
+    return "not scored" if accuracy is None else f"{accuracy:.1f}"

@@ -13,15 +13,17 @@ The time is that work divided by a speed that is measured on the spot with a mat
 language models usually reach. It is an estimate, within a factor of two or three: the first minute of the run itself
 knows better.
 
-Depends on config.py, ema.py, parallel.py, reading.py, rollout.py.   Try it:  python -m pytest tests/test_plan.py -q
+Depends on config.py, ema.py, jsonl.py, parallel.py, reading.py, rollout.py.   Try it:  python -m pytest tests/test_plan.py -q
 """
 
 import time
+import warnings
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import jsonl
 import parallel
 from config import Config
 from ema import half_life
@@ -61,6 +63,18 @@ def size_of(model: str) -> tuple[float, int, int, int] | None:
     return parameters, text.num_hidden_layers, text.hidden_size, text.vocab_size
 
 
+def steps_of(cfg: Config, questions: int) -> int:
+    """As many steps as --epochs needs. Warns where these are too few for the EMA teacher ever to move."""
+    steps = max(1, round(cfg.epochs * questions / cfg.batch))
+    if cfg.uses_average and steps < cfg.ema_every:
+        warnings.warn(
+            f"the EMA teacher never moves: --epochs {cfg.epochs:g} of {questions} questions are {steps} steps, fewer than "
+            f"--ema-every {cfg.ema_every}; raise --epochs, or lower --batch or --ema-every",
+            stacklevel=2,
+        )
+    return steps
+
+
 def passes_of(cfg: Config) -> dict[str, float]:
     """Model passes over a step's answers, by what asks for them; a share of the answers is a share of a pass. The
     student's own is with gradient.
@@ -96,10 +110,17 @@ def flops_per_second(device: torch.device, dtype: torch.dtype, seconds: float = 
 def describe(cfg: Config) -> str:
     """The whole plan as text."""
     device, dtype, reason = choose_device(cfg.device, cfg.dtype)
+    data = f"data {cfg.data}"
+    if jsonl.is_file(cfg.data):  # it is here: its mistakes can be told now
+        sizes = dict(train_size=cfg.train_size, test_size=cfg.eval_size)
+        task, manifest = jsonl.load_jsonl(cfg.data, seed=cfg.seed, negatives=False, **sizes)
+        data = jsonl.summary(manifest)
+        if cfg.steps == 0 and cfg.epochs:
+            cfg.steps = steps_of(cfg, len(task.train))
     steps = cfg.steps or f"as many as {cfg.epochs:g} epoch{'s' * (cfg.epochs != 1)} of {cfg.data} need"
     found = passes_of(cfg)
     lines = [
-        f"{cfg.recipe} on {SHORT.get(cfg.model, cfg.model)}, data {cfg.data}",
+        f"{cfg.recipe} on {SHORT.get(cfg.model, cfg.model)}, {data}",
         reason,
         f"steps: {steps}, each of {cfg.batch} prompts in micro-batches of {cfg.micro_batch}",
         f"passes per step: sampling up to {cfg.max_new_tokens} tokens; "

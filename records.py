@@ -2,7 +2,7 @@
 
 What: `BENCHMARKS` has a line for each data set of the paper, and `Benchmark.to_example` turns one of its records into the whole
 user message, a worked reference in the very format that the message asks for, and what scoring.py compares. A record that cannot
-be used raises `Skip`. The helpers (`choice_example`, `code_example` ...) also serve your own file, see benchmarks.py.
+be used raises `Skip`. The helpers (`choice_example`, `code_example` ...) also serve your own file, see jsonl.py.
 
 Not like the official code: ScienceQA's hint is in the question, not only its lecture; a demanded signature is that of what the
 tests use, not of the first `def`, and one assert is held back; of several gold tool calls all stay, and their demonstration is in

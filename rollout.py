@@ -299,6 +299,11 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
 def explain_missing(name: str, where: str, error: Exception) -> str:
     """One line for the usual reasons why a model cannot be loaded."""
     text = str(error)
+    if os.path.isdir(where) and (Path(where) / "settings.json").exists():
+        return (
+            f"--model {name}: that run has not finished; go on with it by python train.py --out {where} --resume, or give the "
+            "checkpoint-<step> folder in it"
+        )
     if os.path.isdir(where):
         return f"--model {name}: the folder {where} does not hold a usable Hugging Face checkpoint ({text.splitlines()[0]})"
     if where == str(TINY):
@@ -311,7 +316,7 @@ def explain_missing(name: str, where: str, error: Exception) -> str:
         return f"--model {name}: no folder and no hub model of that name ({where}); short names are {', '.join(SHORT)}"
     if "offline" in text.lower() or "connect" in text.lower() or "couldn't find them in the cached" in text.lower():
         return (
-            f"--model {name}: {where} is not cached here and the hub cannot be reached; connect once, "
-            "or give a local folder (--model tiny needs neither)"
+            f"--model {name}: there is no such folder, {where} is not cached here, and the hub cannot be reached; connect "
+            "once, or give a folder that exists (--model tiny needs neither)"
         )
     return f"--model {name}: {where} cannot be used: {text.splitlines()[0]}"

@@ -136,7 +136,7 @@ def write_answers(run: Run, prompts: list[dict], chosen: list[int], tally: dict)
     for i, x in zip(chosen, prompts, strict=True):
         if "answer" not in x:
             e = run.task.train[i]
-            row = lm.tokenizer(e.target or e.reference, add_special_tokens=False)["input_ids"]
+            row = lm.tokenizer(e.target or e.reference, add_special_tokens=False, verbose=False)["input_ids"]
             # A solution that had to be cut does not end where it was cut: it gets no end token, or the student learns
             # to stop half way.
             x["answer"] = [*row, end] if len(row) < cfg.max_new_tokens else row[: cfg.max_new_tokens]

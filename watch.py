@@ -95,7 +95,7 @@ class Watch:
 def curves(log: Path, picture: Path, title: str) -> None:
     """log.jsonl -> a picture with one panel per thing to watch; panels without data are left out."""
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    shown = {k: keys for k, keys in PANELS.items() if any(key in r for key in keys for r in rows)}
+    shown = {k: keys for k, keys in PANELS.items() if any(r.get(key) is not None for key in keys for r in rows)}
     if not shown:
         return
     across = min(3, len(shown))
@@ -138,7 +138,7 @@ def before_training(run, out: Path) -> dict:
     }
     checkpoint.write_json(known, found)
     alone, shown = found["alone"]["accuracy"], found["ceiling"]["accuracy"]
-    if run.cfg.uses_teacher and shown <= alone and "unscored" not in found["alone"]["by_task"]:
+    if run.cfg.uses_teacher and alone is not None and shown <= alone:
         warnings.warn(
             f"with the reference in its prompt the model is right in {shown:.1f} per cent, alone in {alone:.1f}: a teacher "
             "whom the reference does not help has nothing to teach; look at the references, or start from a larger model",
@@ -185,8 +185,8 @@ def after_training(run, out: Path, before: dict, begun: float) -> dict:
     if ood:
         print("\nout of distribution\n" + metrics.table({"before": before["ood"], "after": ood}))
     print(
-        f"\nmean held-out accuracy {before['alone']['accuracy']:.1f} -> {alone['accuracy']:.1f} "
-        f"(ceiling {before['ceiling']['accuracy']:.1f}) | JSD to base {moved['jsd_to_base']:.4f} nats | "
+        f"\nmean held-out accuracy {metrics.percent(before['alone']['accuracy'])} -> {metrics.percent(alone['accuracy'])} "
+        f"(ceiling {metrics.percent(before['ceiling']['accuracy'])}) | JSD to base {moved['jsd_to_base']:.4f} nats | "
         f"retention PPL {moved['retention_ppl']:.2f} | {summary['seconds']:.0f} s | {out}"
     )
     return summary

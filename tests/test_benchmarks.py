@@ -1,4 +1,4 @@
-"""The paper's data sets and your own file: every record is converted right, every scorer reads fairly, every negative is wrong."""
+"""The paper's data sets: every record is converted right, every scorer reads fairly, every negative is wrong."""
 
 import json
 import random
@@ -12,7 +12,7 @@ import pytest
 import benchmarks
 import records
 import scoring
-from benchmarks import BENCHMARKS, load_jsonl, load_task
+from benchmarks import BENCHMARKS, load_task
 from data import Example
 from negatives import add_negatives, mutants, swapped
 from records import Skip
@@ -600,183 +600,6 @@ def test_kinds():
         score(Example("sum", "q", "r", "85"), "85")
     with pytest.raises(ValueError):
         score_all([Example("t", "q", "r")], [])
-
-
-# --- your own file ---------------------------------------------------------------------------------------------------
-
-
-def write(tmp_path, *lines, name="mine.jsonl", end="\n"):
-    path = tmp_path / name
-    path.write_bytes(end.join(x if isinstance(x, str) else json.dumps(x) for x in lines).encode())
-    return path
-
-
-def line(question, **more):
-    return dict(question=question, reference="Because it is so.", **more)
-
-
-def by_question(task):
-    start = "Write Python code for this task.\n\n"
-    return {e.question.removeprefix(start).split("\n")[0]: e for e in task.train + task.test}
-
-
-def test_every_kind_of_line(tmp_path):
-    path = write(
-        tmp_path,
-        line("letter", choices=OPTIONS, answer="c"),
-        line("index", choices=OPTIONS, answer=3),
-        line("option", choices=["B", "A"], answer="A"),
-        line("number", answer=1200),
-        line("amount", answer="$1,200.50"),
-        line("word", answer="Oslo"),
-        line("other word", answer="Lima", context=None),
-        dict(question="double", reference=GOOD, tests=CODE["tests"]),
-        dict(
-            question="thrice", reference="So:\n" + fenced("def g(x):\n    return 3 * x\n"), tests=["assert g(1) == 3"]
-        ),
-        line("unscored", context="Read this first."),
-        dict(question="ended", reference="It is so.\nAnswer: Nice", answer="Nice"),
-    )
-    task, manifest = load_jsonl(path, test_share=0.3)
-    e = by_question(task)
-    assert e["letter"].answer == {"kind": "choice", "letter": "C", "options": OPTIONS}
-    assert e["index"].answer["letter"] == "D" and e["option"].answer["letter"] == "B"
-    assert e["letter"].reference == "Because it is so.\n\nAnswer: C" and "C. Nice" in e["letter"].question
-    assert e["number"].answer == {"kind": "number", "value": "1200", "mark": "Answer:"}
-    assert e["word"].reference == "Because it is so.\n\nAnswer: Oslo" and e["ended"].reference.endswith(
-        "so.\nAnswer: Nice"
-    )
-    assert e["double"].reference == f"```python\n{GOOD.strip()}\n```" and e["double"].answer["entry"] == "f"
-    assert e["thrice"].reference.startswith("So:\n```python") and "def g(x):" in e["thrice"].question
-    assert e["Context: Read this first."].answer is None
-    assert manifest["kinds"] == {"choice": 3, "number": 2, "text": 3, "code": 2, "unscored": 1}
-    assert manifest["note"] == "nothing to score: only losses and drift are meaningful"
-    assert (manifest["train"], manifest["test"]) == (8, 3) and manifest["bad_lines"] == [] and task.name == "mine"
-    scored = [x for x in task.train + task.test if x.answer]
-    assert all(
-        r["correct"] and r["strict"] for r in task.score(scored, [x.reference for x in scored]) if "reason" not in r
-    )
-    assert all(r["correct"] for r in task.score(scored, [x.reference for x in scored]))
-    assert not any(r["correct"] for r in task.score(scored, [x.negative for x in scored]))
-    json.dumps(manifest)
-
-
-BAD_LINES = [
-    ("{not json", "not JSON"),
-    ("[1, 2]", "not a JSON object but a list"),
-    ('{"question": "q"}', "field 'reference' is missing"),
-    (line(""), "field 'question' is empty"),
-    (line(["q"]), "field 'question' must be a text, but is of type list"),
-    (dict(question="q", reference="  "), "field 'reference' is empty"),
-    (line("q", choices=OPTIONS, answer="Rome"), "the answer 'Rome' is not among the choices"),
-    (line("q", choices=OPTIONS, answer="E"), "the answer 'E' is not among the choices"),
-    (line("q", choices=OPTIONS, answer=4), "the answer 4 is not among the choices"),
-    (line("q", choices=OPTIONS, answer=True), "the answer True is not among the choices"),
-    (line("q", choices=OPTIONS), "field 'answer' is missing"),
-    (line("q", choices=["Paris", "paris"], answer="A"), "two choices are the same"),
-    (line("q", choices=["Paris"], answer="A"), "fewer than two"),
-    (line("q", choices=[1, 2], answer="A"), "an item of field 'choices' must be a text, but is of type int"),
-    (line("q", choices="AB", answer="A"), "field 'choices' must be a list"),
-    (line("q", tests=[]), "field 'tests' must be a list"),
-    (line("q", tests=["assert f(1) =="]), "not Python"),
-    (line("q", tests=["assert f(1)"]), "not Python"),
-    (dict(question="q", reference=GOOD, tests=["assert g(1)"]), "the tests use nothing"),
-    (line("q", choices=OPTIONS, answer="A", tests=["assert 1"]), "exclude each other"),
-    (line("q", answer=[1]), "field 'answer' must be a text, but is of type list"),
-    (line("q", answer=False), "field 'answer' must be a text, but is of type bool"),
-    (line("q", answer=" "), "field 'answer' is empty"),
-    (line("q", answer="one\ntwo"), "one short line"),
-    ('{"question": "q", "reference": "r", "answer": NaN}', "not a finite number"),
-    (line("q", negative=3), "field 'negative' must be a text, but is of type int"),
-    (line("q", split="dev"), "field 'split' must be"),
-    ('{"question": "q\\ud800", "reference": "r"}', "surrogate"),
-    (
-        dict(question="q", reference="Answer: Lima", answer="Oslo"),
-        "the reference ends in 'Answer: Lima', which is not the answer",
-    ),
-    ("[" * 100000, "not JSON"),
-]
-
-
-def test_bad_lines_are_reported_by_number_and_cost_nothing_else(tmp_path):
-    good = [line(f"question {i}", answer=i) for i in range(5)]
-    path = write(tmp_path, "", *good[:2], *(bad for bad, _ in BAD_LINES), "   ", *good[2:])
-    with pytest.warns(UserWarning, match=r"30 of 35 lines are left out: line 4: not JSON"):
-        task, manifest = load_jsonl(path)
-    assert len(task.train) == 4 and len(task.test) == 1
-    assert [b["line"] for b in manifest["bad_lines"]] == list(range(4, 4 + len(BAD_LINES)))
-    for (bad, reason), told in zip(BAD_LINES, manifest["bad_lines"], strict=True):
-        assert reason in told["reason"], (bad, told)
-
-
-def test_bytes_that_are_no_text(tmp_path):
-    path = tmp_path / "mine.jsonl"
-    lines = [json.dumps(line(f"größe {i}", answer="ä\u2028ö"), ensure_ascii=False).encode() for i in range(3)]
-    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([lines[0], b"\xff\xfe", lines[1], b"", lines[2], b""]))
-    with pytest.warns(UserWarning, match="1 of 4 lines are left out: line 2: not UTF-8"):
-        task, _ = load_jsonl(path)
-    assert len(task.train + task.test) == 3 and "größe" in task.train[0].question
-
-
-def test_unknown_fields_are_named_once(tmp_path):
-    path = write(tmp_path, *(line(f"q{i}", answer=i, hint="h", id=i) for i in range(4)))
-    with pytest.warns(UserWarning) as caught:
-        _, manifest = load_jsonl(path)
-    assert len(caught) == 1 and "unknown fields hint, id are ignored" in str(caught[0].message)
-    assert manifest["unknown_fields"] == ["hint", "id"]
-
-
-def test_the_split(tmp_path):
-    lines = [line(f"q{i}", answer=i) for i in range(20)]
-    path = write(tmp_path, *lines, lines[3], lines[7])
-    a, b = load_jsonl(path)[0], load_jsonl(path)[0]
-    assert a.train == b.train and a.test == b.test and a.fingerprint() == b.fingerprint()
-    assert not {e.question for e in a.train} & {e.question for e in a.test} and len(a.train + a.test) == 22
-    assert load_jsonl(path, seed=1)[0].test == a.test  # or a run would be tested on what another was trained on
-    asked = [int(e.question.split("\n")[0][1:]) for e in a.train]
-    assert asked[: len(set(asked))] == sorted(set(asked))  # the order of the file
-
-    path = write(
-        tmp_path, *(dict(x, split="test" if i in (2, 5) else "train") for i, x in enumerate(lines[:9])), lines[9]
-    )
-    task, manifest = load_jsonl(path)
-    assert [e.question.split("\n")[0] for e in task.test] == ["q2", "q5"] and manifest["train"] == 8
-
-
-def test_given_negatives(tmp_path):
-    path = write(
-        tmp_path,
-        line("given", choices=OPTIONS, answer="A", negative="It is Lyon.\n\nAnswer: B", split="train"),
-        line("right", choices=OPTIONS, answer="A", negative="Answer: A", split="train"),
-        line("free", negative="It is not so.", split="train"),
-        dict(question="code", reference=GOOD, tests=CODE["tests"], negative=BAD, split="train"),
-        line("test", split="test"),
-    )
-    e = by_question(load_jsonl(path)[0])
-    assert e["given"].negative == "It is Lyon.\n\nAnswer: B" and e["free"].negative == "It is not so."
-    assert e["right"].negative not in ("", "Answer: A") and e["code"].negative == f"```python\n{BAD.strip()}\n```"
-
-
-@pytest.mark.parametrize(
-    ("lines", "how", "message"),
-    [
-        ([], {}, "no line can be used .the file is empty"),
-        (["{", "[]"], {}, "no line can be used .line 1: not JSON.*line 2: not a JSON object"),
-        ([line("q", answer=1)], {}, "nothing to train on; it needs two different questions"),
-        ([line("q", answer=1, split="train")], {}, "nothing to test; give both sides a line"),
-        ([line("q", answer=1)], {"test_share": 0.0}, "test_share 0.0 must lie between 0 and 1"),
-    ],
-)
-def test_a_file_that_cannot_serve_is_one_line(tmp_path, lines, how, message):
-    with pytest.raises(ValueError, match=message) as error:
-        load_jsonl(write(tmp_path, *lines), **how)
-    assert "\n" not in str(error.value)
-
-
-def test_a_file_that_is_not_there(tmp_path):
-    for path in (tmp_path / "nothing.jsonl", tmp_path):
-        with pytest.raises(ValueError, match="cannot be read"):
-            load_jsonl(path)
 
 
 def test_one_completion_is_judged_as_its_own_task_only():

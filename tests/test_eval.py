@@ -62,8 +62,28 @@ def test_several_tasks_make_the_papers_table(tmp_path, capsys, monkeypatch):
         (["--model", "tiny", "--task", "no-such"], "no-such"),
         (["--model", "tiny", "--task", "all"], "not cached here"),
         (["--model", "tiny", "--task", "missing.jsonl"], "missing.jsonl"),
+        (["--model", "tiny", "--out", __file__], "is a file; choose a folder"),
+        (["--model", "UNFINISHED"], "that run has not finished"),
     ],
 )
-def test_refusals(flags, message, capsys):
+def test_refusals(flags, message, capsys, tmp_path):
+    (tmp_path / "settings.json").write_text("{}")
+    flags = [str(tmp_path) if f == "UNFINISHED" else f for f in flags]
     assert command.main([*flags, "--device", "cpu"]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("flags", [["--sample-batch", "0"], ["--max-new-tokens", "-3"], ["--size", "-1"]])
+def test_numbers_that_make_no_sense_are_refused_by_name(flags, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--model", "tiny", *flags])
+    assert f"argument {flags[0]}: {flags[1]} is below" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run", stop)
+    assert command.main(["--model", "tiny"]) == 130
+    assert capsys.readouterr().err.startswith("eval.py: stopped")

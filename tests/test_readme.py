@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import load_jsonl
+from jsonl import load_jsonl
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

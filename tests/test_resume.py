@@ -87,6 +87,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, straight):
     out = tmp_path / "o"
     process = start(out)
     wait_for(out, process, 4)
+    process.send_signal(signal.SIGSTOP)  # alive, and for as long as it takes to try the folder from elsewhere
+    second = start(out, "--resume")
+    assert "another process is at work there" in second.communicate()[0] and second.returncode == 2
+    process.send_signal(signal.SIGCONT)
     process.send_signal(signal.SIGINT)
     text, _ = process.communicate()
     assert process.returncode == 0 and f"python train.py --out {out} --resume" in text
