@@ -71,7 +71,8 @@ def load_jsonl(
     """
     content = _content(path)
     good, bad, unknown = _lines(content)
-    told = "; ".join(f"{_places(numbers)}: {reason}" for reason, numbers in bad.items())
+    told = "; ".join(f"{_places(numbers)}: {reason}" for reason, numbers in list(bad.items())[:10])
+    told += "; ..." if len(bad) > 10 else ""
     if not good:
         raise ValueError(f"--data {path}: no line can be used ({told or 'the file is empty'})")
     dropped = sum(map(len, bad.values()))
