@@ -202,7 +202,9 @@ def main(cfg: Config) -> dict:
     out = Path(cfg.out) if rank else checkpoint.claim(cfg)
     parallel.ranks().wait()
     if cfg.resume and (out / "summary.json").exists():
-        print(f"{out} is finished; its numbers are in {out / 'summary.json'}; to train on: --model {out} and another --out")
+        print(
+            f"{out} is finished; its numbers are in {out / 'summary.json'}; to train on: --model {out} and another --out"
+        )
         return json.loads((out / "summary.json").read_text())
     run = start(cfg, out)
     checkpoint.write_json(out / SETTINGS, asdict(cfg))
