@@ -105,7 +105,7 @@ def check_data(out: Path, manifest: dict) -> None:
     """Refuse to go on with another file of questions: its answers would mix with the old ones'. Raises ValueError."""
     path = out / "manifest.json"
     saved = json.loads(path.read_text()) if path.exists() else {}
-    if saved and saved.get("sha256") != manifest.get("sha256"):
+    if saved.get("sha256", manifest.get("sha256")) != manifest.get("sha256"):
         raise ValueError(
             f"--data {manifest['data']} has changed since the run in {out} began: put that file back, or choose another --out"
         )
