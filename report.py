@@ -67,7 +67,7 @@ METRICS = {  # name in a rule -> key of a run's numbers, how a difference is pri
     "JSD": ("jsd", "{:+.4f}", 0.0),
     "retention PPL": ("retention_ppl", "{:+,.2f}", 0.0),
     "gradient norm": ("grad_norm_95", "{:+.3f}", 0.0),
-    "step time": ("step_seconds", "ratio", 0.0),
+    "step time": ("step_of_sft", "ratio", 0.0),
 }
 
 BUDGET = {"star-no-agreement": 0.0, "budget-10": 0.1, "budget-25": 0.25, "budget-50": 0.5, "unisd-star": 1.0}
@@ -221,11 +221,11 @@ def legend(of, axis, **where) -> None:
 
 
 def scatter(found: dict, setting: str, key: str, unit: str):
-    """Accuracy against drift ("jsd") or cost ("step_seconds"); where most rows are close together, once more from near."""
+    """Accuracy against drift ("jsd") or cost ("step_of_sft"); where most rows are close together, once more from near."""
     rows, at = found.get(setting, {}), {}
     for n in (m for members, *_ in KINDS.values() for m in members if m in rows):
         (x, half), (y, bar) = average(rows[n], key), average(rows[n], "accuracy")
-        x, low, high = study.times_sft(rows, n) if key == "step_seconds" else (x, x - half, x + half)
+        x, low, high = study.times_sft(rows, n) if key == "step_of_sft" else (x, x - half, x + half)
         at |= {n: (x, y, [[x - low], [high - x]], bar)} if x > 0 else {}
     if len(at) < 3:
         return None
@@ -318,7 +318,7 @@ def budget(found: dict):
 JSD, COST = "JSD to the base, nats per token", "step time / that of sft (bar: fastest to slowest seed)"
 FIGURES = {f"curves-{s}": (curves, s) for s in ("clean", "wrong")}
 FIGURES |= {f"drift-{s}": (scatter, s, "jsd", JSD) for s in ("clean", "wrong")}
-FIGURES |= {"cost": (scatter, "clean", "step_seconds", COST), "leave-one-out": (leave_one_out,), "budget": (budget,)}
+FIGURES |= {"cost": (scatter, "clean", "step_of_sft", COST), "leave-one-out": (leave_one_out,), "budget": (budget,)}
 
 
 def write(out: Path) -> list[str]:

@@ -154,7 +154,8 @@ def run_all(cells: list[Cell], out: Path, jobs: int, extra: list[str]) -> list[C
 def read(out: Path) -> dict:
     """Every finished run in <out>/cells.json or <out>/runs, whoever asked for it. -> {setting: {row: {seed: numbers}}}
 
-    worst_family is added to the numbers: the change of the family that does worst against the `sd` run of the same seed.
+    Added to the numbers: worst_family, the change of the family that does worst against the `sd` run of the same seed, and
+    step_of_sft, the step time relative to the median of the `sft` runs of the same day (days and machines differ by far more).
     """
     found, kept = {}, out / "cells.json"
     for cell in json.loads(kept.read_text()) if kept.exists() else ():
@@ -167,9 +168,14 @@ def read(out: Path) -> dict:
             rows.setdefault(row, {})[int(seed)] = numbers(path, path.stat().st_mtime_ns)
     for rows in found.values():
         plain = {seed: cell["by_task"] for seed, cell in rows.get("sd", {}).items()}
-        for cells, seed in ((c, k) for c in rows.values() for k in c.keys() & plain.keys()):
-            worst = min(v - plain[seed].get(f, math.nan) for f, v in cells[seed]["by_task"].items())
-            cells[seed] = cells[seed] | {"worst_family": worst}
+        sft = [(cell.get("day"), cell["step_seconds"]) for cell in rows.get("sft", {}).values()]
+        for cells, seed in ((c, k) for c in rows.values() for k in c):
+            day = [t for d, t in sft if d == cells[seed].get("day")]
+            added = {"step_of_sft": cells[seed]["step_seconds"] / statistics.median(day) if day else math.nan}
+            if seed in plain:
+                worst = min(v - plain[seed].get(f, math.nan) for f, v in cells[seed]["by_task"].items())
+                added["worst_family"] = worst
+            cells[seed] = cells[seed] | added
     place = lambda known: lambda name: (known.index(name) if name in known else len(known), name)
     settings, order = place(list(SETTINGS)), place(list(ROWS))
     return {s: {r: found[s][r] for r in sorted(found[s], key=order)} for s in sorted(found, key=settings)}
@@ -196,6 +202,7 @@ def numbers(path: Path, stamp: int) -> dict:
         "retention_ppl": s["after"]["retention_ppl"],
         "reverse_ppl": s["after"]["reverse_ppl"],
         "step_seconds": seconds,
+        "day": time.strftime("%Y-%m-%d", time.localtime(stamp / 1e9)),
         "grad_norm_95": norms[int(0.95 * (len(norms) - 1))],
         "before": s["before"]["accuracy"],
         "ceiling": s["ceiling"]["accuracy"],
@@ -215,12 +222,11 @@ def spread(values) -> tuple[float, float]:
 
 
 def times_sft(rows: dict, row: str) -> tuple[float, float, float]:
-    """Step time relative to sft: median over the seeds, lowest, highest; nan without sft. Medians, since a run beside
-    other work may take twice its time.
+    """Step time relative to sft of the same day: median over the seeds, lowest, highest; nan without one. Medians, since a
+    run beside other work may take twice its time.
     """
-    of = lambda r: [v for c in rows.get(r, {}).values() if (v := c["step_seconds"]) == v] or [math.nan]
-    unit = statistics.median(of("sft"))
-    return statistics.median(of(row)) / unit, min(of(row)) / unit, max(of(row)) / unit
+    times = [v for c in rows.get(row, {}).values() if (v := c["step_of_sft"]) == v] or [math.nan]
+    return statistics.median(times), min(times), max(times)
 
 
 # --- writing: numbers -> the table
@@ -251,7 +257,7 @@ def markdown(table: dict, out: Path) -> str:
     lines = [
         "Mean ± half of a 95 % interval over seeds (Student's t). Accuracy, gain over the base, OOD and families in per cent "
         "of held-out questions; JSD in nats per token; step time: median over seeds, divided by that of `sft`, while other "
-        "runs shared the machine (`bench.py` measures it alone).",
+        "runs of that day shared the machine (`bench.py` measures it alone).",
         "",
     ]
     pm = lambda v, d: f"{v[0]:,.{d}f}" + (f" ± {v[1]:,.{d}f}" if v[1] == v[1] else "")
@@ -264,17 +270,8 @@ def markdown(table: dict, out: Path) -> str:
         if len(steps) > 1:
             lines += [f"**Runs of different length ({steps} steps) are mixed here.**", ""]
         families = list(dict.fromkeys(f for r in rows.values() for f in r["by_task"]))
-        head = [
-            "recipe",
-            "accuracy",
-            "gain",
-            "OOD",
-            "JSD to base",
-            "retention PPL",
-            "step time / SFT",
-            *families,
-            "seeds",
-        ]
+        plain = "recipe|accuracy|gain|OOD|JSD to base|retention PPL|step time / SFT".split("|")
+        head = [*plain, *families, "seeds"]
         for i, (row, r) in enumerate(rows.items()):
             lines += [] if i else ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
             cost, ppl = r["step_time_of_sft"][0], r["retention_ppl"]

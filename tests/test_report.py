@@ -63,7 +63,7 @@ def test_the_other_signs():
     assert holds(cost, a=[5, 5.4, 5.8], b=[1, 1, 1]) == 1  # geometric mean 5.4, [4.5, 6.5]: within 3.6 and 8.1
     assert holds(cost, a=[2, 2.1, 2.2], b=[1, 1, 1]) == -1 == holds(cost, a=[11, 10, 12], b=[1, 1, 1])
     assert holds(cost, a=[2, 5, 12], b=[1, 1, 1]) == 0
-    assert "b 4.00 [4.00, 4.00] (3)" in report.judge(cost, runs("step_seconds", a=[4, 8, 2], b=[1, 2, 0.5]))[1]
+    assert "b 4.00 [4.00, 4.00] (3)" in report.judge(cost, runs("step_of_sft", a=[4, 8, 2], b=[1, 2, 0.5]))[1]
 
 
 def test_and_or_and_what_is_missing():

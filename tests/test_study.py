@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import threading
 import time
@@ -68,6 +69,16 @@ def test_the_table_has_what_is_finished_and_nothing_else(tmp_path):
     assert "20,001 ± 2" in "\n".join(lines) and rows[3][1] == "90.0"  # one seed: no interval
     assert "nan" not in "\n".join(lines) and "NaN" not in (tmp_path / "cells.json").read_text()
     assert "- failed: sd-seed0: out of memory" in lines
+    # Another day, another speed: runs of one day are compared with the sft of that day, or with none.
+    for row, days in (("sd", {1: 4.0}), ("sft", {3: 4.0}), ("ema", {0: 9.0})):
+        for seed, seconds in days.items():
+            invent(tmp_path, "clean", row, seed, seconds=seconds)
+            then = time.time() - (86400 if row != "ema" else 2 * 86400)
+            os.utime(tmp_path / f"runs/clean/{row}-seed{seed}/summary.json", (then, then))
+    rows = study.read(tmp_path)["clean"]
+    assert rows["sd"][1]["step_of_sft"] == 1.0 and math.isnan(rows["ema"][0]["step_of_sft"])
+    assert study.times_sft(rows, "unisd-star") == (3.0, 0.5, 45.0)
+    lines = study.write(study.read(tmp_path), tmp_path).splitlines()
     # The runs themselves may go: the numbers are kept.
     before = (tmp_path / "cells.json").read_text()
     shutil.rmtree(tmp_path / "runs/clean")
