@@ -241,6 +241,10 @@ def scatter(found: dict, setting: str, key: str, unit: str):
                 axis.errorbar(x, y, up, across, **how)
         axis.set(xlabel=unit, ylabel="held-out accuracy, per cent")
         axis.margins(0.13)
+        if shown is not at:  # the bar of one row must not push all others together
+            axis.set_ylim(
+                min(e := [y + s * min(b, 6) for _, y, *_, b in shown.values() for s in (-1, 1)]) - 1, max(e) + 1
+            )
         if shown is at or key != "jsd":
             axis.set_xscale("log")
             axis.xaxis.set(**ticks())
