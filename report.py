@@ -239,12 +239,10 @@ def scatter(found: dict, setting: str, key: str, unit: str):
             for x, y, across, up in (shown[m] for m in members if m in shown):
                 how = dict(fmt=marker, color=colour, ms=6 + 5 * (marker == "*"), elinewidth=0.8, label=kind)
                 axis.errorbar(x, y, up, across, **how)
-        axis.set(xlabel=unit, ylabel="held-out accuracy, per cent")
-        axis.margins(0.13)
+        axis.set(xlabel=unit, ylabel="held-out accuracy, per cent", xmargin=0.13, ymargin=0.13)
         if shown is not at:  # the bar of one row must not push all others together
-            axis.set_ylim(
-                min(e := [y + s * min(b, 6) for _, y, *_, b in shown.values() for s in (-1, 1)]) - 1, max(e) + 1
-            )
+            means = [y for _, y, *_ in shown.values()]
+            axis.set_ylim(min(means) - 6, max(means) + 6)
         if shown is at or key != "jsd":
             axis.set_xscale("log")
             axis.xaxis.set(**ticks())
