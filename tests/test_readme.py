@@ -82,3 +82,15 @@ def test_the_lines_of_ones_own_data_are_good_ones(tmp_path):
     assert not manifest["bad_lines"] and len(task.train) + len(task.test) == 3
     whole = [*task.train, *task.test]
     assert all(r["correct"] for r in task.score(whole, [e.reference for e in whole]))
+
+
+def test_the_rows_of_the_results_are_those_of_the_study():
+    cells = lambda line: [c.strip() for c in line.strip().strip("|").split("|")]
+    clean = (ROOT / "results" / "table.md").read_text().split("\n### ")[1]
+    head, _, *rows = [cells(line) for line in clean.splitlines() if line.startswith("|")]
+    kept = [i for i, name in enumerate(head) if name not in ("gain", "step time / SFT")]
+    measured = {row[0]: [row[i] for i in kept] for row in rows}
+    section = README.split("## What we measured")[1].split("\n## ")[0]
+    shown = [cells(line) for line in section.splitlines() if line.startswith("|") and line.count("|") == len(kept) + 1]
+    shown = [row for row in shown if row[0] in measured]
+    assert len(shown) >= 20 and all(row == measured[row[0]] for row in shown)
