@@ -184,7 +184,7 @@ All comparisons of a rule must hold, one refuted decides; all else, and fewer th
 # --- numbers -> figures; (n) is the number of seeds
 
 STYLE = {"figure.constrained_layout.use": True, "figure.titlesize": 10, "axes.titlesize": 9, "legend.fontsize": 8}
-STYLE |= {"axes.grid": True, "grid.alpha": 0.25, "lines.markersize": 5, "savefig.dpi": 100}
+STYLE |= {"axes.grid": True, "grid.alpha": 0.25, "lines.markersize": 5, "savefig.dpi": 100, "xtick.labelsize": 8}
 HALO = withStroke(linewidth=2, foreground="white")
 ticks = lambda: dict(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator())
 
