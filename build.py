@@ -113,16 +113,18 @@ def start(cfg: Config, out: Path) -> Run:
     device, ranks = place(cfg)
     if cfg.preset == "official":
         print("official settings, except:\n  - " + "\n  - ".join(DEPARTURES))
-    task, manifest = load_task(cfg)  # before the model: its mistakes are the usual ones, and loading a model takes long
-    if cfg.resume:
-        checkpoint.check_data(out, manifest)
-    if jsonl.is_file(cfg.data):
-        print(jsonl.summary(manifest))
+    found = None
+    if jsonl.is_file(cfg.data):  # before the model, which takes longer: in one's own file mistakes are likeliest
+        found = load_task(cfg)
+        print(jsonl.in_short(found[1]))
+        if cfg.resume:
+            checkpoint.check_data(out, found[1])
     # Under LoRA nothing of the base is trained: it may lie in bf16. What is trained is always fp32.
     lm = load(cfg.model, device, torch.bfloat16 if cfg.lora_rank and cfg.dtype == "bf16" else torch.float32)
     lm.merge()
     lm.dtype, lm.sample_batch, lm.engine, lm.ranks = cfg.dtype, cfg.sample_batch, cfg.engine, ranks
     lm.train_text_only()
+    task, manifest = found or load_task(cfg)
     model = lm.model
     check_head(model, lm.vocab, chat_ids(lm.tokenizer, "1 + 1"))
     room = lm.context - cfg.max_new_tokens

@@ -100,7 +100,7 @@ def load_jsonl(
     return task, manifest | {"fingerprint": task.fingerprint()}
 
 
-def summary(manifest: dict) -> str:
+def in_short(manifest: dict) -> str:
     """The manifest of load_jsonl in one line."""
     kinds = ", ".join(f"{n} {kind}" for kind, n in manifest["kinds"].items())
     text = f"{manifest['data']}: {kinds}; {manifest['train']} to train on, {manifest['test']} held out"

@@ -114,7 +114,7 @@ def describe(cfg: Config) -> str:
     if jsonl.is_file(cfg.data):  # it is here: its mistakes can be told now
         sizes = dict(train_size=cfg.train_size, test_size=cfg.eval_size)
         task, manifest = jsonl.load_jsonl(cfg.data, seed=cfg.seed, negatives=False, **sizes)
-        data = jsonl.summary(manifest)
+        data = jsonl.in_short(manifest)
         if cfg.steps == 0 and cfg.epochs:
             cfg.steps = steps_of(cfg, len(task.train))
     steps = cfg.steps or f"as many as {cfg.epochs:g} epoch{'s' * (cfg.epochs != 1)} of {cfg.data} need"

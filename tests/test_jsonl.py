@@ -10,7 +10,7 @@ import metrics
 import train
 from config import parse
 from data import Example
-from jsonl import is_file, load_jsonl, summary
+from jsonl import in_short, is_file, load_jsonl
 
 OPTIONS = ["Paris", "Lyon", "Nice", "Lille"]
 GOOD, BAD = "def f(x):\n    return x + x\n", "def f(x):\n    return x * x\n"
@@ -240,7 +240,7 @@ def test_what_is_odd_is_used_and_named(tmp_path):
         "lines 7, 8: the reference fails its own tests",
     }
     assert len(task.train) == 7 and len(task.test) == 2
-    assert summary(manifest).endswith(": 6 number, 3 code; 7 to train on, 2 held out; wrong references for 6 of 7")
+    assert in_short(manifest).endswith(": 6 number, 3 code; 7 to train on, 2 held out; wrong references for 6 of 7")
     with warnings.catch_warnings():  # without negatives no code is run
         warnings.simplefilter("ignore")
         assert "negatives" not in load_jsonl(path, negatives=False)[1]
