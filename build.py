@@ -136,8 +136,7 @@ def start(cfg: Config, out: Path) -> Run:
     task.test, task.ood = (metrics.that_fit(lm, side, cfg.max_new_tokens) for side in (task.test, task.ood))
     if not task.test:
         raise ValueError("no held-out question fits: lower --max-new-tokens, or give shorter ones")
-    if cfg.steps == 0 and cfg.epochs:
-        cfg.steps = plan.steps_of(cfg, len(task.train))
+    cfg.steps = plan.steps_of(cfg, len(task.train))
     print(
         f"model {lm.name} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters) | "
         f"data {task.name} ({len(task.train)} questions, {task.fingerprint()}) | {cfg.steps} steps of {cfg.batch}"

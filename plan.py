@@ -64,7 +64,9 @@ def size_of(model: str) -> tuple[float, int, int, int] | None:
 
 
 def steps_of(cfg: Config, questions: int) -> int:
-    """As many steps as --epochs needs. Warns where these are too few for the EMA teacher ever to move."""
+    """--steps, or where that is 0 as many as --epochs needs. Warns where these are too few for the EMA teacher ever to move."""
+    if cfg.steps or not cfg.epochs:
+        return cfg.steps
     steps = max(1, round(cfg.epochs * questions / cfg.batch))
     if cfg.uses_average and steps < cfg.ema_every:
         warnings.warn(
@@ -112,11 +114,11 @@ def describe(cfg: Config) -> str:
     device, dtype, reason = choose_device(cfg.device, cfg.dtype)
     data = f"data {cfg.data}"
     if jsonl.is_file(cfg.data):  # it is here: its mistakes can be told now
-        sizes = dict(train_size=cfg.train_size, test_size=cfg.eval_size)
-        task, manifest = jsonl.load_jsonl(cfg.data, seed=cfg.seed, negatives=False, **sizes)
+        _, manifest = jsonl.load_jsonl(
+            cfg.data, train_size=cfg.train_size, test_size=cfg.eval_size, seed=cfg.seed, negatives=False
+        )
         data = jsonl.in_short(manifest)
-        if cfg.steps == 0 and cfg.epochs:
-            cfg.steps = steps_of(cfg, len(task.train))
+        cfg.steps = steps_of(cfg, manifest["train"])
     steps = cfg.steps or f"as many as {cfg.epochs:g} epoch{'s' * (cfg.epochs != 1)} of {cfg.data} need"
     found = passes_of(cfg)
     lines = [

@@ -317,6 +317,6 @@ def explain_missing(name: str, where: str, error: Exception) -> str:
     if "offline" in text.lower() or "connect" in text.lower() or "couldn't find them in the cached" in text.lower():
         return (
             f"--model {name}: there is no such folder, {where} is not cached here, and the hub cannot be reached; connect "
-            "once, or give a folder that exists (--model tiny needs neither)"
+            "once, or give a local folder (--model tiny needs neither)"
         )
     return f"--model {name}: {where} cannot be used: {text.splitlines()[0]}"
