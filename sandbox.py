@@ -6,14 +6,13 @@ compares what the judge decoded, and the program never holds a test, an expected
 there is no verdict in it to forge. The official code calls exec() in the scoring process behind an alarm: sys.exit()
 ends the evaluation, `except Exception` swallows the alarm, an object that equals everything passes, nothing is limited.
 
-Protected on Linux, alike as root, as a user and in a container: files (Landlock: read Python and system libraries,
-write one private folder), network and other processes (a filter on system calls; a program cannot fork), environment,
-time, memory, file size, threads; root is given up. Namespaces would add little, and many machines refuse them. Call
-`describe()` to try attacks *here*: before Linux 5.13 files are safe only if the caller is root and changes uid; without
-the filter (neither x86_64 nor aarch64; macOS) a program can do what you can. Not protected: the kernel (no boundary for
-hostile code from the internet: use a VM); many small files can fill a disk; a program may know a benchmark by heart.
-A program answers for its own objects (`if f(x)`, `Node(1).left`); == with one raises unless it is plain data at heart.
-Tests cannot hand functions to a program, subclass, `except` or isinstance() its classes, add its objects, or use `is`.
+Protected on Linux, for root and user alike: files (Landlock: read Python and system libraries, write one private
+folder), network and other processes (a filter on system calls; no fork), environment, time, memory, file size, threads.
+`describe()` tries attacks *here*: before Linux 5.13 files are safe only if root calls (the program then changes uid);
+without the filter (neither x86_64 nor aarch64; macOS) a program can do what you can. Not protected: the kernel (for
+hostile code use a VM); small files can fill a disk. A program answers for its own objects (`if f(x)`, `Node(1).left`);
+== with one raises unless it is plain data at heart. Tests cannot hand functions to a program, add its objects,
+subclass, `except` or isinstance() its classes, or use `is`.
 Standard library only.   Try it:  python sandbox.py   (tries the attacks)   python -m pytest tests/test_sandbox.py -q
 """
 
@@ -67,7 +66,7 @@ def run_tests(jobs: Jobs, limits: Limits = Limits(), progress: bool = False) -> 
         raise NotImplementedError("the sandbox needs fork(): use Linux, macOS, or WSL on Windows")
     home = tempfile.mkdtemp(prefix="sandbox-")
     os.chmod(home, 0o711)  # for a program with another uid
-    command = [sys.executable, "-S", "-s", "-P", "-B", os.path.abspath(__file__), json.dumps(asdict(limits)), home]
+    command = [sys.executable, "-SsPB", os.path.abspath(__file__), json.dumps(asdict(limits)), home, str(os.getpid())]
     # Not fork(): the caller may have threads. No -E: the environment is ours, a fixed hash seed makes verdicts repeat.
     env = {"PYTHONHASHSEED": "0", "PYTHONINTMAXSTRDIGITS": "0", "MALLOC_ARENA_MAX": "1"}
     env["LD_LIBRARY_PATH"] = os.environ.get("LD_LIBRARY_PATH", "")  # some builds of Python need it
@@ -101,27 +100,30 @@ def describe() -> str:
 
 
 # --- the helper, one per batch; its judges, one per job; what a judge sees of the program ----------------------------
-
 GATHERED = {kind.__name__: kind for kind in (list, tuple, set, frozenset, dict, bytes, bytearray)}
 BASES = (int, float, str, *GATHERED.values())
 GATHERED |= {"complex": lambda parts: complex(*parts), "range": lambda parts: range(*parts)}
 
 
-def _serve(limits: Limits, home: str) -> None:
+def _die_with(parent: int) -> None:
+    """Have the kernel kill us when `parent` ends (PR_SET_PDEATHSIG); end now if it ended before we could ask."""
+    LIBC.prctl(1, signal.SIGKILL) or os.getppid() == parent or os._exit(1)
+
+
+def _serve(limits: Limits, home: str, caller: int) -> None:
     """Fork a judge for each job in stdin, as many at a time as there are cores."""
+    judges, helper = set(), os.getpid()
     os.environ.clear()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the caller may ignore or block it, and we would inherit that
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     if LIBC:
-        LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the caller
+        _die_with(caller)
         LIBC.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: when a judge dies, its program becomes our child
-    judges = set()
     while size := int(os.read(0, 20) or 0):
         place = os.lseek(0, size, os.SEEK_CUR) - size
-        judge = os.fork()
-        if judge == 0:
+        if (judge := os.fork()) == 0:
             try:
-                _judge(size, place, limits, home)
+                _judge(size, place, limits, home, helper)
             finally:
                 os._exit(0)
         judges.add(judge)
@@ -131,17 +133,17 @@ def _serve(limits: Limits, home: str) -> None:
         judges.discard(os.wait()[0])
 
 
-def _judge(size: int, place: int, limits: Limits, home: str) -> None:
+def _judge(size: int, place: int, limits: Limits, home: str, helper: int) -> None:
     """Fork the program, *then* read its job, so that it cannot inherit the tests. Answer [number, passed, reason]."""
     if LIBC:
         resource.setrlimit(resource.RLIMIT_AS, [limits.memory_mb << 20] * 2)
-        LIBC.prctl(1, signal.SIGKILL)
+        _die_with(helper)
         LIBC.prctl(4, 0)  # PR_SET_DUMPABLE: a program with our uid must not read or trace us
     (hear, to_judge), (from_judge, tell) = os.pipe(), os.pipe()
-    program = os.fork()
+    judge, program = os.getpid(), os.fork()
     signal.setitimer(signal.ITIMER_REAL, limits.wall_seconds)  # SIGALRM kills: the judge, if not the program
     if program == 0:
-        _cage(limits, f"{home}/{place}", from_judge, to_judge)
+        _cage(limits, f"{home}/{place}", from_judge, to_judge, judge)
         return _program(os.fdopen(62), os.fdopen(63, "w"))
     os.close(to_judge)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  tests may print
@@ -149,8 +151,7 @@ def _judge(size: int, place: int, limits: Limits, home: str) -> None:
 
     def ask(operation, /, *args, **named):
         """Have the program do something; return or raise what comes of it."""
-        tell.write(json.dumps([operation, _encode(args), _encode(named)]) + "\n")
-        tell.flush()
+        print(json.dumps([operation, _encode(args), _encode(named)]), file=tell, flush=True)
         line = hear.readline(limits.output_bytes)
         try:
             names, value, changed = json.loads(line)
@@ -252,7 +253,6 @@ def _decode(x, home: list | None = None, ask=None):
 
 
 # --- the program, and its cage: it gives up what it does not need, for good ------------------------------------------
-
 READABLE = "/lib /lib64 /usr/lib /usr/lib64 /usr/local/lib /nix/store /etc/ld.so.cache /dev/null /dev/urandom /dev/zero"
 CALLS = """MACHINE 3221225534 3221225655 clone 56 220 fcntl 72 25 fork 57 -1 vfork 58 -1 execve 59 221 execveat 322 281
 kill 62 129 tkill 200 130 tgkill 234 131 rt_sigqueueinfo 129 138 rt_tgsigqueueinfo 297 240 pidfd_open 434 434
@@ -285,7 +285,7 @@ def _program(hear, tell) -> None:
         tell.flush()
 
 
-def _cage(limits: Limits, folder: str, from_judge: int, to_judge: int) -> None:
+def _cage(limits: Limits, folder: str, from_judge: int, to_judge: int, judge: int) -> None:
     """Give up open files, resources, other files, root, system calls: each step takes away what the last one needed."""
     for fd, source in enumerate([os.open(os.devnull, os.O_RDWR)] * 3 + [from_judge, to_judge]):
         os.dup2(source, fd if fd < 3 else fd + 59)
@@ -310,7 +310,7 @@ def _cage(limits: Limits, folder: str, from_judge: int, to_judge: int) -> None:
             os.setgid(uid)
             os.setuid(uid)
     if LIBC:
-        LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        _die_with(judge)  # only now: to change the uid cancels it
         # A Python below /root (0700) is closed to others. CAP_DAC_OVERRIDE opens it; Landlock keeps the rest closed.
         bits, header = 2 * (landlock and not os.access(os.__file__, os.R_OK)), struct.pack("Ii", 0x20080522, 0)
         LIBC.capset(header, struct.pack("6I", bits, bits, 0, 0, 0, 0)) and LIBC.capset(header, bytes(24))
@@ -347,4 +347,4 @@ def _filter() -> None:
 
 
 if __name__ == "__main__":
-    _serve(Limits(**json.loads(sys.argv[1])), sys.argv[2]) if len(sys.argv) > 1 else print(describe())
+    _serve(Limits(**json.loads(sys.argv[1])), sys.argv[2], int(sys.argv[3])) if len(sys.argv) > 1 else print(describe())

@@ -544,6 +544,17 @@ def wait_for(condition, seconds=10):
 
 
 @linux
+def test_a_process_whose_parent_died_before_it_could_ask_ends_at_once():
+    """PR_SET_PDEATHSIG is silent about a death in the past: a judge forked just before its helper was killed."""
+    code = import_from(Path(sandbox.__file__).parent) + "import os, time; parent = os.getpid()\n"
+    code += "if os.fork(): os._exit(0)\n"
+    code += "while os.getppid() == parent: time.sleep(.01)\n"
+    code += "print('orphan', flush=True); sandbox._die_with(parent); print('lives', flush=True)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("orphan\n", "")
+
+
+@linux
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_nothing_outlives_the_caller(tmp_path, end):
     mark = f"{os.getpid()}.{int(end)}25"
