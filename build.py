@@ -96,7 +96,9 @@ def assemble(cfg: Config, lm: Loaded, task: Task | None, ranks: Alone = ALONE) -
         frozen = lm if lm.adapter else EMA(model, 1.0)  # with an adapter the base is still there: switch it off
     average = EMA(model, cfg.ema_decay) if cfg.uses_average else None
     if cfg.grad_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Its name since transformers 5.23, where the old one warns.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         model.enable_input_require_grads()
     trained = [p for p in model.parameters() if p.requires_grad]
     # Two groups under --shard: AdamW updates the tensors of a group together, and sharded ones only among themselves.

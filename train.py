@@ -240,11 +240,14 @@ OTHERS_GONE = (
 
 
 def cli(argv: list[str] | None = None) -> int:
-    """`python train.py ...`: one clear line instead of a traceback for everything a user can mend."""
+    """`python train.py ...`: one clear line instead of a traceback for everything a user can mend. -> the exit code: 130 for
+    a run that was stopped, so that what follows in a script does not take it for finished.
+    """
     warnings.formatwarning = lambda message, *_, **__: f"train.py: {message}\n"
     try:
         with parallel.one_voice():
-            main(parse(argv))
+            cfg = parse(argv)
+            return 0 if main(cfg) or cfg.dry_run else 130
     except KeyboardInterrupt:
         print("train.py: stopped; go on with --resume, or start again if it had not begun to measure", file=sys.stderr)
         return 130
@@ -259,7 +262,6 @@ def cli(argv: list[str] | None = None) -> int:
     except (ValueError, FloatingPointError, checkpoint.DiskFull) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

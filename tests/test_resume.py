@@ -93,7 +93,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, straight):
     process.send_signal(signal.SIGCONT)
     process.send_signal(signal.SIGINT)
     text, _ = process.communicate()
-    assert process.returncode == 0 and f"python train.py --out {out} --resume" in text
+    assert process.returncode == 130 and f"python train.py --out {out} --resume" in text
     done = steps_done(out)
     assert 4 <= done < 16 and (out / f"checkpoint-{done}" / "state.pt").exists()
     process = start(out, "--resume")
