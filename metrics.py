@@ -31,8 +31,6 @@ from parallel import whole_layers
 from reading import chunks, head_of, passes, read, sampled_logps
 from rollout import Loaded, decode, generate, right_pad, turn_end
 
-NO_DRIFT = {"jsd_to_base": 0.0, "retention_ppl": 1.0, "reverse_ppl": 1.0}
-
 
 def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % interval of a share, in per cent; unlike the normal one it stays inside 0-100 and is right at 0 and 100 %."""
@@ -183,11 +181,12 @@ def drift(
         )
     limit = limit or task.max_new_tokens
     prompts = prompts_for(tuned, task, examples, False, limit)
-    said = {lm is tuned: answers(lm, prompts, limit, cache) for lm in (base, tuned)}
+    said = answers(base, prompts, limit, cache)
+    own = said if tuned is base else answers(tuned, prompts, limit, cache)
     return {
-        "jsd_to_base": token_jsd(tuned, base, prompts, *said[False]),
-        "retention_ppl": perplexity(base, prompts, *said[True]),
-        "reverse_ppl": perplexity(tuned, prompts, *said[False]),
+        "jsd_to_base": token_jsd(tuned, base, prompts, *said),
+        "retention_ppl": perplexity(base, prompts, *own),
+        "reverse_ppl": perplexity(tuned, prompts, *said),
     }
 
 

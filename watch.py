@@ -150,7 +150,7 @@ def before_training(run, out: Path) -> dict:
 def after_training(run, out: Path, before: dict, begun: float) -> dict:
     """Measure again, save the model, the curves and the summary, print the table. -> what summary.json holds."""
     cfg, lm, task = run.cfg, run.lm, run.task
-    alone, ood, moved = before["alone"], before["ood"], metrics.NO_DRIFT
+    alone, ood, base = before["alone"], before["ood"], lm
     if cfg.privileged:
         alone = before["ceiling"]
     if cfg.steps:
@@ -160,7 +160,7 @@ def after_training(run, out: Path, before: dict, begun: float) -> dict:
         run.optimizer = run.average = run.frozen = None  # their memory is needed for the base beside the trained model
         base = load(cfg.model, lm.device)
         base.dtype, base.sample_batch, base.engine, base.ranks = lm.dtype, lm.sample_batch, lm.engine, lm.ranks
-        moved = metrics.drift(lm, base, task, task.test, limit=cfg.max_new_tokens)
+    moved = metrics.drift(lm, base, task, task.test, limit=cfg.max_new_tokens)  # 0 steps: the level to compare with
     checkpoint.save_final(run)
     if not run.ranks.rank:
         curves(out / "log.jsonl", out / "curves.png", f"{cfg.recipe}, {Path(lm.name).name}, seed {cfg.seed}")

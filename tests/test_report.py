@@ -25,7 +25,7 @@ def holds(rule, **rows):
 
 
 def test_a_paired_difference_by_hand():
-    # differences 2, 1, 4: mean 7/3, sd 1.5275, half 4.30 * 1.5275 / sqrt(3) = 3.792
+    # differences 2, 1, 4: mean 7/3, sd 1.5275, half 4.303 * 1.5275 / sqrt(3) = 3.792
     rows = runs(a=[90, 92, 94], b=[88, 91, 90])
     g = report.gap(rows, "a", "b", lambda c: c["accuracy"])
     assert g.mean == pytest.approx(7 / 3) and g.half == pytest.approx(3.792, abs=1e-3) and g.n == 3
