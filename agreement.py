@@ -27,8 +27,8 @@ def disagreement(logps: Tensor, mask: Tensor, level: str, stat: str) -> Tensor:
     "sequence".
 
     Variance is unbiased over tokens (divide by K-1) and biased over sequences (divide by K), as in the paper's
-    settings. Masked tokens get 0. Raises ValueError for K = 1 with the unbiased variance (0/0), and for an unknown
-    level or stat.
+    settings. Masked tokens get 0. Raises ValueError for K = 1 with stat "var" (0/0 over tokens, 0 over sequences), and for
+    an unknown level or stat.
     """
     if level not in ("token", "sequence") or stat not in ("var", "range"):
         raise ValueError(f"level must be token or sequence and stat var or range, got level={level!r}, stat={stat!r}")

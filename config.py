@@ -32,9 +32,8 @@ RECIPES: dict[str, dict] = {
     # baselines
     "sft": dict(on_policy=0.0, w_div=0.0, w_nll=1.0),
     "ssd": dict(sampler="base", temperature=1.2, w_div=0.0, w_nll=1.0),
-    "sdft": dict(
-        divergence="reverse"
-    ),  # as its paper writes it; its released results used the forward KL, which is "sd"
+    # SDFT as its paper writes it; its released results used the forward KL, which is "sd"
+    "sdft": dict(divergence="reverse"),
     "gkd": dict(divergence="jsd", alpha=0.5, on_policy=0.5),
     "opsd": dict(teacher="live"),
     # UniSD's rows
@@ -50,9 +49,8 @@ RECIPES: dict[str, dict] = {
 }
 
 # What a model of this size needs, whatever the recipe. "auto" takes tiny for --model tiny and real for everything else.
-OFFICIAL = dict(
-    data="scienceqa", steps=0, epochs=1.0, batch=64, lr=2e-5, lora_rank=64, lora_alpha=128, lora_dropout=0.05
-)
+OFFICIAL = dict(data="scienceqa", steps=0, epochs=1.0, train_size=0, batch=64, lr=2e-5)
+OFFICIAL |= dict(lora_rank=64, lora_alpha=128, lora_dropout=0.05, eval_size=0)
 PRESETS: dict[str, dict] = {
     "tiny": dict(
         lr=1e-3,
@@ -64,7 +62,7 @@ PRESETS: dict[str, dict] = {
         max_new_tokens=40,
         max_tokens_per_pass=1024,  # on a CPU small passes are faster: they stay in its cache
     ),
-    "real": OFFICIAL | dict(lora_rank=0, lora_dropout=0.0, lr=5e-6),
+    "real": OFFICIAL | dict(lora_rank=0, lora_dropout=0.0, lr=5e-6, eval_size=500),
     "official": OFFICIAL | dict(context_reference=False, context_kind="retrieval"),
 }
 # The official scripts halve the batch and weaken gamma for UniSD*.
@@ -76,7 +74,9 @@ DEPARTURES = (
     "the EMA teacher moves under LoRA (theirs does not): --teacher frozen for what theirs computes",
     "the loss is at temperature 1 (theirs at the sampling temperature): --distill-temperature 0.7 for theirs",
     "a mean over the step's tokens (theirs: of per-sequence means, per micro-batch): --normalizer sequence",
-    "negatives are verified and share the reference's template; contexts are in the task's own format",
+    "negatives are by rule (--negatives model as theirs), verified, in the reference's template; contexts in the task's format",
+    "contexts are retrieved by the model's own states (theirs: all-MiniLM-L6-v2); GPQA is gpqa_main (theirs: gpqa_extended)",
+    "the batch is 64, for UniSD* 32 (theirs depends on model size and devices), the seed 0 (theirs 42)",
     "an epoch is rounded to whole steps (theirs drops the last incomplete batch); weights are fp32 (theirs bf16)",
 )
 
@@ -93,7 +93,7 @@ class Config(Mechanisms):
     recipe: str = opt("unisd-star", "a row of the paper's table: a few overrides of these settings", tuple(RECIPES))
     preset: str = opt("auto", "settings for a model size; auto picks by --model", ("auto", *PRESETS))
     seed: int = opt(0, "seeds the data order, the sampling and the dropout")
-    out: str = opt("", "folder for log, curves, checkpoints and summary ('' = runs/<recipe>-seed<seed>)")
+    out: str = opt("", "folder for log, curves, checkpoints, summary ('' = runs/[<model>-<data>-]<recipe>-seed<seed>)")
     dry_run: bool = opt(False, "say what the run would do and cost, then stop; nothing is downloaded")
     resume: bool = opt(False, "go on from the last checkpoint in --out, bit for bit")
     # --- the teacher
@@ -181,13 +181,11 @@ def parse(argv: list[str] | None = None) -> Config:
         how = dict(action=argparse.BooleanOptionalAction) if kind == "bool" else how
         parser.add_argument(flag(f.name), default=f.default, help=f.metadata["help"], **how)
     first = parser.parse_args(argv)
-    # A resumed run goes on under its own settings; what is given by hand on top is compared with them
-    # (checkpoint.check_same).
-    saved = saved_settings(first.out or default_out(first.recipe, first.seed)) if first.resume else {}
-    known = {f.name for f in fields(Config)}
-    parser.set_defaults(
-        **({k: v for k, v in saved.items() if k in known} or layers(first.model, first.preset, first.recipe))
-    )
+    parser.set_defaults(**layers(first.model, first.preset, first.recipe))
+    # Under its own settings; what is given by hand on top is compared with them (checkpoint.check_same).
+    if first.resume:
+        saved = saved_settings(default_out(parser.parse_args(argv)))
+        parser.set_defaults(**{f.name: saved[f.name] for f in fields(Config) if f.name in saved})
     if "help" in first:
         parser.print_help()
         parser.exit()
@@ -336,9 +334,11 @@ def without_effect(cfg: Config) -> list[tuple[bool, str]]:
     ]
 
 
-def default_out(recipe: str, seed: int) -> str:
-    """Where a run goes that was given no --out."""
-    return f"runs/{recipe}-seed{seed}"
+def default_out(cfg: Config) -> str:
+    """--out, or where a run goes that was given none: runs/sd-seed0, runs/Qwen2.5-0.5B-my-sd-seed0 (with my.jsonl)."""
+    model, data = Path(cfg.model).name, Path(cfg.data).stem
+    names = [name for name in (model, data) if name not in ("tiny", "")]
+    return cfg.out or "runs/" + "-".join([*names, cfg.recipe, f"seed{cfg.seed}"])
 
 
 SETTINGS = "settings.json"  # in --out; config.json there is the model's

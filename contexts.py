@@ -14,7 +14,7 @@ an accident of the data set; retrieval never returns the question itself or a du
 template and is seeded; what was made is kept in a file stamped with everything it depends on, and made again when any
 of that changes.
 
-Depends on data.py, rollout.py.   Try it:  python -m pytest tests/test_contexts.py -q
+Depends on data.py, rollout.py, checkpoint.py.   Try it:  python -m pytest tests/test_contexts.py -q
 """
 
 import hashlib

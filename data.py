@@ -1,7 +1,7 @@
 """data.py - one question with what is known about it, and the prompts made of it.
 
-What: `Example` is one training or test question; `Task` is a set of them with its prompt wording and its scorer;
-`encode` turns an example into the token ids of every prompt under which an answer is sampled or re-read:
+What: `Example` is one training or test question; `Task` is a set of them with its prompt wording and its scorer. The
+messages are the prompts under which an answer is sampled or re-read (contexts.encode makes their token ids):
 
     student    question                          teacher    question + reference
     negative   question + wrong reference        context k  demonstrations + question (+ reference)

@@ -11,7 +11,7 @@ share that ended by itself. `--out` receives eval.json, eval.md, a figure and th
 again only for the very same weights, prompts and settings. A task that cannot be loaded is named and left out; the
 others go on.
 
-Depends on metrics.py, world.py, benchmarks.py, jsonl.py, rollout.py.   Try it:  python -m pytest tests/test_eval.py -q
+Depends on metrics.py, world.py, benchmarks.py, jsonl.py, rollout.py, config.py.   Try it:  python -m pytest tests/test_eval.py -q
 """
 
 import argparse
@@ -118,7 +118,7 @@ def rows_of(reports: list[dict]) -> dict[str, dict[str, tuple[float, list[float]
                 if who in r and part in r[who] and r[who][part]["accuracy"] is not None:
                     found = r[who][part]
                     hits = sum(found["correct"])
-                    rows.setdefault(who, {})[name] = (found["accuracy"], list(metrics.wilson(hits, found["n"])))
+                    rows.setdefault(who, {})[name] = (found["accuracy"], list(metrics.wilson(hits, found["scored"])))
     return rows
 
 

@@ -13,7 +13,7 @@ answer, which one odd answer can dominate.) A model that learns *has* to move aw
 is read beside the accuracy it bought. Generated answers can be kept in a cache, under a key that contains the weights
 and every setting of the sampling.
 
-Depends on losses.py, reading.py, data.py, rollout.py.   Try it:  python -m pytest tests/test_metrics.py -q
+Depends on losses.py, reading.py, data.py, rollout.py, parallel.py.   Try it:  python -m pytest tests/test_metrics.py -q
 """
 
 import hashlib
@@ -82,7 +82,8 @@ def measure(
     """Greedy accuracy and what the answers look like. Shares are in per cent.
 
     -> {"accuracy": mean over families, "by_task", "interval", "abstained", "length" (tokens), "eos" (ended by itself),
-    "n", "correct": one bool per example, "extra": per family, the mean of every further number that the scorer gives}
+    "n", "scored": how many of them can be, "correct": one bool per example, "extra": per family, the mean of every further
+    number that the scorer gives}
     A family without answers cannot be scored: None in "by_task", and in "accuracy" if there is no other.
     """
     limit = limit or task.max_new_tokens
@@ -100,6 +101,7 @@ def measure(
         "length": mask.sum(1).float().mean().item(),
         "eos": 100 * ended(lm, ids, mask).float().mean().item(),
         "n": len(examples),
+        "scored": sum(len(of[f]) for f in scored),
         "correct": [bool(r["correct"]) for r in results],
         "extra": {f: extra_means(rs) for f, rs in of.items()},
     }

@@ -310,8 +310,8 @@ def budget(found: dict):
             for x, n, y, half in there:
                 axis.errorbar(x, y, half, fmt=marker, color=colour, capsize=2, label=choice)
                 axis.annotate(f"({n})", (x, y + half), (0, 2), textcoords="offset points", ha="center", size=7)
-        axis.set(title=setting, xlabel="share of answers with contexts (.25: side by side)", ylabel="accuracy, per cent", ymargin=0.1)
-        axis.set_xticks([*BUDGET.values()])
+        axis.set(title=setting, xticks=[*BUDGET.values()], ymargin=0.1, ylabel="accuracy, per cent")
+        axis.set_xlabel("share of answers with contexts (.25: side by side)")
     legend(figure, axes[0][0], loc="outside lower center", ncols=3)
     figure.suptitle("UniSD* with agreement on a share of the answers only: mean and 95 % interval (seeds)")
     return figure if settings else plt.close(figure)

@@ -12,7 +12,7 @@ Not like the official code: one denominator per optimizer step, so the gradient 
 EMA teacher, the data cursor and every random state are in the checkpoint, so a resumed run equals an uninterrupted one
 bit for bit.
 Several processes: torchrun --nproc-per-node 2 train.py ...  (parallel.py).
-Depends on most other files; only study.py runs it.   Try it:  python -m pytest tests/test_train.py -q
+Depends on most other files; study.py and bench.py run it.   Try it:  python -m pytest tests/test_train.py -q
 """
 
 import json
@@ -196,7 +196,7 @@ def main(cfg: Config) -> dict:
     if cfg.dry_run:
         print(plan.describe(cfg))
         return {}
-    cfg.out = cfg.out or default_out(cfg.recipe, cfg.seed)
+    cfg.out = default_out(cfg)
     parallel.join()
     rank = parallel.rank()
     out = Path(cfg.out) if rank else checkpoint.claim(cfg)

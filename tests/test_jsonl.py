@@ -248,7 +248,11 @@ def test_what_is_odd_is_used_and_named(tmp_path):
 
 def test_sizes_take_the_first(tmp_path):
     path = write(tmp_path, *(line(f"q{i}", answer=i) for i in range(20)))
-    whole, few = load_jsonl(path)[0], load_jsonl(path, train_size=3, test_size=2)
+    whole = load_jsonl(path)[0]
+    with pytest.warns(UserWarning) as said:
+        few = load_jsonl(path, train_size=3, test_size=2)
+    assert "3 of 16 training lines are used (--train-size; 0 = all)" in str(said[0].message)
+    assert "2 of 4 held-out lines are used (--eval-size" in str(said[1].message)
     questions = lambda part: [e.question for e in part]
     assert questions(few[0].train) == questions(whole.train[:3]) and few[0].test == whole.test[:2]
     assert (few[1]["train"], few[1]["test"]) == (3, 2) and all(isinstance(e, Example) for e in few[0].train)

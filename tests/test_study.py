@@ -34,9 +34,9 @@ def invent(out, setting, row, seed, accuracy=80.0, seconds=1.0, steps=3, **more)
 
 
 def test_spread_by_hand():
-    # mean 2, sd 1, n 3: 4.303 * 1 / sqrt(3) = 2.4826
+    # mean 2, sd 1, n 3: 4.303 * 1 / sqrt(3) = 2.4843
     mean, half = study.spread([1.0, 2.0, 3.0])
-    assert mean == 2.0 and half == pytest.approx(2.4826, abs=1e-3)
+    assert mean == 2.0 and half == pytest.approx(2.4843, abs=1e-3)
     assert study.spread([math.nan, 1.0, 3.0, math.nan])[0] == 2.0 and math.isnan(study.spread([math.nan] * 3)[0])
     assert study.spread([5.0])[0] == 5.0 and math.isnan(study.spread([5.0])[1]) and math.isnan(study.spread([])[0])
 

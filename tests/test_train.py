@@ -291,6 +291,20 @@ def test_presets():
     assert (cfg.ema_decay, cfg.ema_every, cfg.w_contrast, cfg.margin, cfg.w_match) == (0.98, 10, 0.01, 0.1, 0.01)
     assert parse(["--model", "Qwen2.5-0.5B", "--recipe", "agree-seq", "--preset", "official"]).gamma == 0.01
     assert parse(["--model", "Qwen2.5-0.5B"]).data == "scienceqa" and parse(["--model", "Qwen2.5-0.5B"]).lora_rank == 0
+    assert cfg.train_size == cfg.eval_size == parse(["--model", "Qwen2.5-0.5B"]).train_size == 0  # all there is
+
+
+def test_runs_of_different_models_and_data_have_different_folders(tmp_path, monkeypatch):
+    where = lambda *flags: config.default_out(parse([*flags]))
+    assert where() == "runs/unisd-star-seed0" and where("--out", "here") == "here"
+    assert where("--model", "org/Some-0.5B", "--seed", "2") == "runs/Some-0.5B-scienceqa-unisd-star-seed2"
+    assert where("--data", "a/my.jsonl", "--recipe", "sd") == "runs/my-sd-seed0"
+    monkeypatch.chdir(tmp_path)  # --resume without --out finds that folder, and the settings in it
+    Path("runs/my-sd-seed0").mkdir(parents=True)
+    settings = vars(make("sd", data="my.jsonl", lr=0.5))
+    Path("runs/my-sd-seed0/settings.json").write_text(json.dumps(settings))
+    assert parse(["--data", "my.jsonl", "--recipe", "sd", "--resume"]).lr == 0.5
+    assert parse(["--recipe", "sd", "--resume"]).lr != 0.5
 
 
 def test_departures_from_the_official_settings_are_said(tmp_path, capsys):
