@@ -54,7 +54,7 @@ def draw(path: Path) -> None:
     loss += "+ contrast with the misled teacher   + feature matching"
     box(axis, 0.1, 0.05, 6.8, 1.3, "3 loss, per token", loss, GREY)
     arrow(axis, (8.35, 1.95), (6.95, 0.85), "", GREY)
-    axis.text(7.5, 0.95, "log-probs", fontsize=9, color=GREY, ha="left")
+    axis.text(7.0, 0.2, "log-probs and\nstates, of all", fontsize=9, color=GREY, ha="left")
     arrow(axis, (5.4, 2.35), (4.3, 1.4), "", GREY)
     arrow(axis, (1.4, 1.4), (1.4, 2.35), "4 update", BLUE, offset=(0.62, -0.12))
     axis.text(0.1, 5.75, "One model, read several times", fontsize=15, weight="bold", va="center")
