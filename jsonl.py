@@ -82,9 +82,11 @@ def load_jsonl(
         known = ", ".join(FIELDS)
         warnings.warn(f"{path}: unknown fields {', '.join(unknown)} are ignored; known are {known}", stacklevel=2)
     train, test = _split(path, good, test_share)
-    for side, size, what in (train, train_size, "training"), (test, test_size, "held-out"):
+    for side, size, what, flag in (
+        (train, train_size, "training", "--train-size"),
+        (test, test_size, "held-out", "--eval-size, of eval.py --size"),
+    ):
         if 0 < size < len(side):
-            flag = "--train-size" if side is train else "--eval-size, of eval.py --size"
             warnings.warn(f"{path}: {size} of {len(side)} {what} lines are used ({flag}; 0 = all)", stacklevel=2)
             del side[size:]
     manifest = {"data": str(path), "sha256": hashlib.sha256(content).hexdigest(), "seed": seed}
