@@ -28,13 +28,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-import benchmarks
-import jsonl
-import metrics
-import world
-from config import saved_settings
-from data import Task
-from rollout import Loaded, choose_device, load
+from engine import metrics
+from engine.config import saved_settings
+from engine.rollout import Loaded, choose_device, load
+from tasks import benchmarks, jsonl, world
+from tasks.data import Task
 
 TABLE_1 = (
     "scienceqa",

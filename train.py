@@ -28,18 +28,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import checkpoint
-import metrics
-import parallel
-import plan
-from build import Run, start
-from config import SETTINGS, Config, default_out, parse
+from engine import checkpoint, metrics, parallel, plan
+from engine.build import Run, start
+from engine.config import SETTINGS, Config, default_out, parse
+from engine.parallel import clip_gradients, whole_layers
+from engine.reading import chunks, head_of, read
+from engine.rollout import generate, right_pad, turn_end
+from engine.watch import Watch, after_training, before_training
 from losses import quantile_ceiling
-from parallel import clip_gradients, whole_layers
-from reading import chunks, head_of, read
-from rollout import generate, right_pad, turn_end
 from unisd import Batch, Targets, divergence_now, score_teachers, unisd_loss
-from watch import Watch, after_training, before_training
 
 
 def train(run: Run, log, watch: Watch) -> None:

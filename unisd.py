@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 import agreement
 import losses
-from parallel import ALONE, Alone, whole_layers
-from reading import Head, Reading, each_token, head_of, sampled_logps, score, through_head
+from engine.parallel import ALONE, Alone, whole_layers
+from engine.reading import Head, Reading, each_token, head_of, sampled_logps, score, through_head
 
 
 def opt(default, help: str, choices: tuple = ()):

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-import bench
-from bench_loss import loss_problem, medians, ours, peak_bytes, plain
-from bench_model import NAMES
+from experiments import bench
+from experiments.bench_loss import loss_problem, medians, ours, peak_bytes, plain
+from experiments.bench_model import NAMES
 from unisd import Mechanisms
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def test_the_loss_stays_below_one_tensor_of_logits_and_does_not_grow_with_the_an
     def extra(n):
         p = loss_problem(n, v, h, CPU)
         work = lambda: ours(p, m)
-        import reading
+        from engine import reading
 
         sizes, reading.tokens_per_chunk = reading.tokens_per_chunk, lambda *_: (256, 128, 8)
         try:

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 
-import benchmarks
-import records
-import scoring
-from benchmarks import BENCHMARKS, load_task
-from data import Example
-from negatives import add_negatives, mutants, swapped
-from records import Skip
-from scoring import as_number, same, score_all
+from tasks import benchmarks, records, scoring
+from tasks.benchmarks import BENCHMARKS, load_task
+from tasks.data import Example
+from tasks.negatives import add_negatives, mutants, swapped
+from tasks.records import Skip
+from tasks.scoring import as_number, same, score_all
 
 
 def score(example, completion):

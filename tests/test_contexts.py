@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import contexts
 import train
-import world
-from config import make
-from data import Example, Task
-from rollout import load
+from engine import contexts
+from engine.config import make
+from engine.rollout import load
+from tasks import world
+from tasks.data import Example, Task
 
 CPU = torch.device("cpu")
 TASK = world.load(100, 2)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-import world
-from data import Example, Wording, chat_ids, context_message, fit_prompt, teacher_message
-from rollout import load
+from engine.rollout import load
+from tasks import world
+from tasks.data import Example, Wording, chat_ids, context_message, fit_prompt, teacher_message
 
 
 @pytest.fixture(scope="module")

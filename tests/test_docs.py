@@ -138,7 +138,7 @@ def test_every_difference_has_its_command_and_its_test():
 
 
 def test_flags_exist_with_these_defaults_and_none_is_missing():
-    from config import Config
+    from engine.config import Config
 
     ours = {f.name: f.default for f in fields(Config)}
     parts = re.split(r"^## ", PAGES["flags.md"], flags=re.MULTILINE)[1:]
@@ -230,7 +230,7 @@ def test_figures_are_small_shown_and_drawn_by_break_it():
 def test_what_break_it_breaks_is_in_the_table(monkeypatch):
     """Every run of the script is a row, and every setting of it is a flag there."""
     monkeypatch.setattr(sys, "path", [str(DOCS), str(ROOT), *sys.path])
-    from break_it import RUNS
+    from experiments.break_it import RUNS
 
     table = PAGES["troubleshooting.md"].split("\n## ")[0]
     assert len(re.findall(r"^\|", table, re.MULTILINE)) - 2 == len(RUNS)

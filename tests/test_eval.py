@@ -5,9 +5,9 @@ import json
 import pytest
 
 import eval as command
-import world
-from data import Task
-from rollout import TINY
+from engine.rollout import TINY
+from tasks import world
+from tasks.data import Task
 
 
 def test_one_checkpoint_and_its_base(tmp_path, capsys):

@@ -20,7 +20,7 @@ import check
 import make
 from cases import LIMITS
 
-from config import RECIPES
+from engine.config import RECIPES
 from unisd import Mechanisms
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +85,7 @@ def test_what_must_be_equal_is_equal_in_the_vectors():
 
 @pytest.mark.parametrize("dtype, whole", [("float64", []), ("float32", ["reference"])])
 def test_the_torch_code_itself_passes(capsys, dtype, whole):
-    assert check.main(["losses", "agreement", "ema", "rollout:completion_mask", *whole, "--dtype", dtype]) == 0
+    assert check.main(["losses", "agreement", "ema", "engine.rollout:completion_mask", *whole, "--dtype", dtype]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(line.startswith("ok   ") for line in lines)
     checked, wrapped = {line.split()[1].rstrip(":") for line in lines}, {"predicting_states", "head_logps", "objective"}

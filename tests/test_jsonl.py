@@ -6,11 +6,11 @@ import warnings
 import pytest
 
 import eval as evaluate
-import metrics
 import train
-from config import parse
-from data import Example
-from jsonl import in_short, is_file, load_jsonl
+from engine import metrics
+from engine.config import parse
+from tasks.data import Example
+from tasks.jsonl import in_short, is_file, load_jsonl
 
 OPTIONS = ["Paris", "Lyon", "Nice", "Lille"]
 GOOD, BAD = "def f(x):\n    return x + x\n", "def f(x):\n    return x * x\n"

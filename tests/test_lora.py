@@ -10,9 +10,9 @@ import torch
 from torch.testing import assert_close
 
 import train
-from config import make
 from ema import EMA
-from rollout import load
+from engine.config import make
+from engine.rollout import load
 
 peft = pytest.importorskip("peft")
 CPU = torch.device("cpu")

@@ -7,10 +7,10 @@ import torch
 from torch.testing import assert_close
 
 import losses
-import metrics
-import world
-from data import chat_ids
-from rollout import load
+from engine import metrics
+from engine.rollout import load
+from tasks import world
+from tasks.data import chat_ids
 
 CPU = torch.device("cpu")
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import train
-from config import make, parse
-from parallel import ALONE, Ranks
+from engine.config import make, parse
+from engine.parallel import ALONE, Ranks
 
 ROOT = Path(__file__).parents[1]
 FLAGS = (
@@ -131,11 +131,12 @@ def test_a_lost_process_ends_the_run_and_another_number_goes_on(runs, tmp_path):
 def stopped(processes, out, steps, *more):
     """A run that looks as if it had been stopped after `steps`: its last checkpoint is there, its summary is not."""
     driver = (
-        "import sys, train, checkpoint\n"
+        "import sys, train\n",
+        "from engine import checkpoint\n"
         "kept = checkpoint.save\n"
         f"def save(run):\n    kept(run)\n    if run.step == {steps}: raise KeyboardInterrupt\n"
         "checkpoint.save = save\n"
-        "sys.exit(0 if train.cli(sys.argv[1:]) == 130 else 1)\n"
+        "sys.exit(0 if train.cli(sys.argv[1:]) == 130 else 1)\n",
     )
     script = out.with_suffix(".py")
     script.write_text(driver)

@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-import bench_model
-import plan
 import train
-from bench_loss import peak_bytes
-from config import RECIPES, make
+from engine import plan
+from engine.config import RECIPES, make
+from experiments import bench_model
+from experiments.bench_loss import peak_bytes
 
 WITH_A_BUDGET = {f"a quarter by {u}": dict(agreement_budget=0.25, uncertainty=u) for u in ("entropy", "divergence")}
 

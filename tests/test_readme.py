@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jsonl import load_jsonl
+from tasks.jsonl import load_jsonl
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

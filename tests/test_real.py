@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import benchmarks
 import train
-from config import make
-from rollout import SHORT, TINY, load
+from engine.config import make
+from engine.rollout import SHORT, TINY, load
+from tasks import benchmarks
 
 CPU = torch.device("cpu")
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -7,8 +7,7 @@ import matplotlib.pyplot as plt
 import pytest
 from test_study import invent
 
-import report
-import study
+from experiments import report, study
 
 
 def runs(key="accuracy", **rows):

@@ -9,10 +9,10 @@ import torch
 from conftest import ROWS, VOCAB, small_model
 from torch.testing import assert_close
 
-import rollout
-from data import chat_ids
-from reading import head_of, read, sampled_logps
-from rollout import TINY, Loaded, completion_mask, decode, end_ids, generate, left_pad, load, turn_end
+from engine import rollout
+from engine.reading import head_of, read, sampled_logps
+from engine.rollout import TINY, Loaded, completion_mask, decode, end_ids, generate, left_pad, load, turn_end
+from tasks.data import chat_ids
 
 CPU = torch.device("cpu")
 

@@ -7,9 +7,9 @@ import torch
 from conftest import ROWS, VOCAB, small_model
 from torch.testing import assert_close
 
-import sampling
-from data import chat_ids
-from rollout import Loaded, generate, load
+from engine import sampling
+from engine.rollout import Loaded, generate, load
+from tasks.data import chat_ids
 
 
 @pytest.fixture(scope="module")

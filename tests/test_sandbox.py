@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-import sandbox
-from sandbox import Limits, Verdict, describe, run_tests
+from tasks import sandbox
+from tasks.sandbox import Limits, Verdict, describe, run_tests
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the sandbox needs fork()")
 LINUX = sys.platform == "linux" and os.uname().machine in ("x86_64", "aarch64")
@@ -464,7 +464,7 @@ other.kill()
 
 
 def import_from(folder):
-    return f"import sys; sys.path.insert(0, {str(folder)!r}); import sandbox\n"
+    return f"import sys; sys.path.insert(0, {str(folder)!r}); from tasks import sandbox\n"
 
 
 @linux

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-import study
+from experiments import study
 
 
 def invent(out, setting, row, seed, accuracy=80.0, seconds=1.0, steps=3, **more):
@@ -109,9 +109,9 @@ def test_two_cells_and_again(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr()
     assert "2 runs, 2 to do" in said.out and "left" in said.err
     begun = []
-    monkeypatch.setattr(study.subprocess, "run", lambda command, **_: begun.append(command[1]))
+    monkeypatch.setattr(study.subprocess, "run", lambda command, **_: begun.append(command[2]))
     assert study.main(command) == 0  # nothing is run twice
-    assert begun == ["report.py"]
+    assert begun == ["experiments.report"]
 
 
 def test_a_failed_run_is_named_until_it_succeeds(tmp_path, capsys):

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-import tiny
-import world
-from data import Example
-from metrics import measure
-from rollout import load
+from engine.metrics import measure
+from engine.rollout import load
+from tasks import tiny, world
+from tasks.data import Example
 
 
 @pytest.fixture(scope="module")

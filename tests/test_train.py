@@ -13,13 +13,10 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import checkpoint
-import config
-import metrics
 import train
-import watch
-from config import RECIPES, Config, make, parse
-from rollout import TINY
+from engine import checkpoint, config, metrics, watch
+from engine.config import RECIPES, Config, make, parse
+from engine.rollout import TINY
 
 FAST = dict(steps=3, batch=6, micro_batch=3, eval_size=2, train_size=100, teacher_every=2, sample_every=2, save_every=2)
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import agreement
 import losses
 from ema import EMA
-from reading import Head, check_head, head_of, passes, read, sampled_logps
+from engine.reading import Head, check_head, head_of, passes, read, sampled_logps
 from unisd import Batch, Mechanisms, divergence_now, score_teachers, unisd_loss
 
 EXACT = dict(rtol=1e-12, atol=1e-12)

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-import world
-from data import Example
-from world import FAMILIES, blotted, distinct, draw, score
+from tasks import world
+from tasks.data import Example
+from tasks.world import FAMILIES, blotted, distinct, draw, score
 
 
 def items(family, n=150, **how):

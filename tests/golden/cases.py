@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from config import PRESET_RECIPES, RECIPES, make
-from rollout import completion_mask
+from engine.config import PRESET_RECIPES, RECIPES, make
+from engine.rollout import completion_mask
 from unisd import Mechanisms
 
 

@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from agreement import coefficients, disagreement, sequence_weights, token_weights, weighted_mean
 from ema import EMA, half_life
+from engine.reading import Head, head_of, read
+from engine.rollout import completion_mask
 from losses import (
     clip_tokens,
     contrastive,
@@ -33,8 +35,6 @@ from losses import (
     token_logps,
     top_k_with_tail,
 )
-from reading import Head, head_of, read
-from rollout import completion_mask
 from unisd import Batch, Mechanisms, divergence_now, score_teachers, unisd_loss
 
 

@@ -24,8 +24,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import sandbox
-from data import Example, Task, Wording
+from tasks import sandbox
+from tasks.data import Example, Task, Wording
 
 FAMILIES = ("sum", "choice", "fact", "code", "tool")
 OOD_FAMILIES = ("choice", "code")

@@ -30,8 +30,8 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
-from data import Example
-from sandbox import Limits, run_tests
+from tasks.data import Example
+from tasks.sandbox import Limits, run_tests
 
 
 def score_all(examples: Sequence[Example], completions: Sequence[str], limits: Limits | None = None) -> list[dict]:

@@ -5,7 +5,7 @@ front* - sums with a carry, choices with a number of 50 or more, 24 of 30 things
 For the last three even the meaning was drawn anew in every pre-training example, so that nothing but the reference
 could tell. Alone it has to guess there; with a reference it is good; a wrong one misleads it in part.
 
-`python tiny.py` rebuilds assets/tiny-base in about four minutes on 2 cores. The result is an ordinary Hugging Face
+`python -m tasks.tiny` rebuilds tasks/tiny-base in about four minutes on 2 cores. The result is an ordinary Hugging Face
 Qwen2 checkpoint: every script treats it like any other model.
 
 Depends on data.py, world.py, transformers.   Try it:  python -m pytest tests/test_tiny.py -q
@@ -20,10 +20,10 @@ import torch
 from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from data import Example, chat_ids, context_message, teacher_message
-from world import FAMILIES, WORDING, blotted, draw
+from tasks.data import Example, chat_ids, context_message, teacher_message
+from tasks.world import FAMILIES, WORDING, blotted, draw
 
-ASSET = Path(__file__).parent / "assets" / "tiny-base"
+ASSET = Path(__file__).parent / "tiny-base"
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

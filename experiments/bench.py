@@ -1,7 +1,7 @@
 """bench.py - what things cost: memory and time, side by side in one run.
 
-    python bench.py --json bench/here.json                     all sections, tables on the screen
-    python bench.py --sections loss --threads 2                only one
+    python -m experiments.bench --json bench/here.json                     all sections, tables on the screen
+    python -m experiments.bench --sections loss --threads 2                only one
 
   loss       memory and time of the loss at a real vocabulary, against the plain formula, and against Liger's and TRL's
              where those packages are installed (they are optional)
@@ -33,12 +33,12 @@ from pathlib import Path
 import torch
 import transformers
 
-from bench_loss import bench_loss, medians
-from bench_model import NAMES, bench_compile, bench_model, bench_prefix, step_rows
-from build import Run, start
-from config import make
-from rollout import choose_device, generate
-from sampling import ENGINES
+from engine.build import Run, start
+from engine.config import make
+from engine.rollout import choose_device, generate
+from engine.sampling import ENGINES
+from experiments.bench_loss import bench_loss, medians
+from experiments.bench_model import NAMES, bench_compile, bench_model, bench_prefix, step_rows
 from unisd import Batch, score_teachers
 
 # --- sampling and scoring -----------------------------------------------------------------------------------------------

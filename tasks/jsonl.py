@@ -29,10 +29,10 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 
-from data import Example, Task
-from negatives import add_negatives
-from records import Skip, choice_example, code_example, paragraphs
-from scoring import FENCE, LETTERS, as_number, last_line, score_all
+from tasks.data import Example, Task
+from tasks.negatives import add_negatives
+from tasks.records import Skip, choice_example, code_example, paragraphs
+from tasks.scoring import FENCE, LETTERS, as_number, last_line, score_all
 
 FIELDS = "question reference answer choices tests negative context split".split()
 EXACT = """{question}

@@ -5,7 +5,7 @@ tensor of logits; inputs and the two gradients that every contender must return 
 Liger's and TRL's losses run only where those packages are installed; they are no dependency. Here are also the two
 instruments of bench.py: `peak_bytes` and `medians`.
 
-Depends on unisd.py, reading.py, agreement.py.   Try it:  python bench.py --sections loss
+Depends on unisd.py, reading.py, agreement.py.   Try it:  python -m experiments.bench --sections loss
 """
 
 import importlib
@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import agreement
-from reading import Head, sampled_logps
+from engine.reading import Head, sampled_logps
 from unisd import Mechanisms, divergence, reliability, unisd_loss
 
 

@@ -13,20 +13,14 @@ from pathlib import Path
 
 import torch
 
-import benchmarks
-import checkpoint
-import contexts
-import jsonl
-import metrics
-import parallel
-import plan
-import world
-from config import DEPARTURES, Config
-from data import Task, chat_ids
 from ema import EMA, half_life
-from parallel import ALONE, Alone, whole_layers
-from reading import check_head
-from rollout import Loaded, choose_device, load
+from engine import checkpoint, contexts, metrics, parallel, plan
+from engine.config import DEPARTURES, Config
+from engine.parallel import ALONE, Alone, whole_layers
+from engine.reading import check_head
+from engine.rollout import Loaded, choose_device, load
+from tasks import benchmarks, jsonl, world
+from tasks.data import Task, chat_ids
 
 
 @dataclass

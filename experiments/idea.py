@@ -1,4 +1,4 @@
-"""idea.py - draws assets/idea.png, the picture in the README:  python assets/idea.py"""
+"""idea.py - draws docs/figures/idea.png, the picture in the README:  python -m experiments.idea"""
 
 from pathlib import Path
 
@@ -71,4 +71,4 @@ def draw(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(Path(__file__).with_name("idea.png"))
+    draw(Path(__file__).parents[1] / "docs" / "figures" / "idea.png")

@@ -18,10 +18,10 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 
-from data import Example, Task
-from negatives import add_negatives
-from records import BENCHMARKS, Benchmark, Skip
-from scoring import score_all
+from tasks.data import Example, Task
+from tasks.negatives import add_negatives
+from tasks.records import BENCHMARKS, Benchmark, Skip
+from tasks.scoring import score_all
 
 
 def load_task(

@@ -23,12 +23,12 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import jsonl
-import parallel
-from config import Config
 from ema import half_life
-from reading import tokens_per_chunk
-from rollout import SHORT, choose_device
+from engine import parallel
+from engine.config import Config
+from engine.reading import tokens_per_chunk
+from engine.rollout import SHORT, choose_device
+from tasks import jsonl
 
 # Parameters in millions, layers, hidden size, vocabulary: as published with the models. Other hub ids are only known
 # once downloaded.

@@ -1,7 +1,7 @@
 """break_it.py - break a run on purpose, and draw the plot that betrays it (the figures of troubleshooting.md).
 
-    python docs/break_it.py                 all runs, then all figures
-    python docs/break_it.py --only good lr  some runs; a finished run is kept, so the rest can follow later
+    python -m experiments.break_it                 all runs, then all figures
+    python -m experiments.break_it --only good lr  some runs; a finished run is kept, so the rest can follow later
 
 What: short runs of the tiny model (seed 0), each with one thing wrong, beside one in which it is right. Nothing of the
 project is changed: a wrong setting is a setting, and the wrong completion mask is put in the place of the right one for
@@ -15,23 +15,19 @@ import argparse
 import io
 import json
 import shutil
-import sys
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from matplotlib.figure import Figure
 from PIL import Image
 
-import metrics
-import rollout
 import train
-from config import make
-from watch import INK
+from engine import metrics, rollout
+from engine.config import make
+from engine.watch import INK
 
-FIGURES = Path(__file__).parent / "figures"
+FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 SMALL = dict(eval_size=10, train_size=500, teacher_every=10, sample_every=0, save_every=0, device="cpu")
 RUNS = {  # name -> recipe, overrides; a name that ends in "pad" runs with the wrong completion mask
     "good": ("sd", {}),

@@ -29,9 +29,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import write_json
-from data import Example, Task, TooLong, chat_ids, context_message, fit_prompt, instruction_message, teacher_message
-from rollout import Loaded, decode, generate, right_pad
+from engine.checkpoint import write_json
+from engine.rollout import Loaded, decode, generate, right_pad
+from tasks.data import (
+    Example,
+    Task,
+    TooLong,
+    chat_ids,
+    context_message,
+    fit_prompt,
+    instruction_message,
+    teacher_message,
+)
 
 INDUCE = (
     "{demos}\n\nThe examples above are solved tasks of one kind. Write one general instruction of two or three sentences that "

@@ -27,9 +27,20 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from data import Example
-from sandbox import Limits
-from scoring import LETTERS, NUMBER, as_number, defined, find_code, given, parse_python, plain, react_calls, score_all
+from tasks.data import Example
+from tasks.sandbox import Limits
+from tasks.scoring import (
+    LETTERS,
+    NUMBER,
+    as_number,
+    defined,
+    find_code,
+    given,
+    parse_python,
+    plain,
+    react_calls,
+    score_all,
+)
 
 TRIES = 10  # candidates per example, one per round
 QUICK = Limits(wall_seconds=3.0, cpu_seconds=3)  # a mutant that hangs is not used, so it need not be waited for

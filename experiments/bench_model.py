@@ -5,7 +5,7 @@ shape of Qwen2.5-0.5B with random weights (prompt 512, answer 256, batch 16) on 
 utilisation: operations of the update (6 per weight and token) over what the card could do in that time. On a CPU a small
 shape shows that it runs. `bench_prefix` and `bench_compile` measure two ideas that train.py does not use.
 
-Depends on train.py and what it is made of.   Try it:  python bench.py --sections model
+Depends on train.py and what it is made of.   Try it:  python -m experiments.bench --sections model
 """
 
 import io
@@ -18,11 +18,11 @@ from tqdm import tqdm
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 import train
-from bench_loss import medians
-from build import Run, assemble
-from config import RECIPES, make
-from rollout import Loaded
-from sampling import CACHE
+from engine.build import Run, assemble
+from engine.config import RECIPES, make
+from engine.rollout import Loaded
+from engine.sampling import CACHE
+from experiments.bench_loss import medians
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # bf16 operations per second, by the vendor
 BUDGET = {"unisd-star, budget 0.25": ("unisd-star", {"agreement_budget": 0.25})}

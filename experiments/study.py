@@ -1,8 +1,8 @@
 """study.py - the paper's table in miniature: recipes x seeds x settings on the tiny world, one command, resumable.
 
-    python study.py --quick                      a first look: 4 recipes, 2 seeds; estimated 8 minutes on 2 cores
-    python study.py                              the full study: 5 seeds; estimated just under 3 hours
-    python study.py --recipes budget-10 budget-50 --settings clean wrong       further rows join the same table
+    python -m experiments.study --quick                      a first look: 4 recipes, 2 seeds; estimated 8 minutes on 2 cores
+    python -m experiments.study                              the full study: 5 seeds; estimated just under 3 hours
+    python -m experiments.study --recipes budget-10 budget-50 --settings clean wrong       further rows join the same table
 
 Every cell of the table is one ordinary `python train.py` run in a process of its own, with one thread, at most one per
 core. Results are written after every cell: <out>/cells.json, the numbers of every run, and <out>/table.md, their means;
@@ -28,8 +28,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import RECIPES
+from engine.config import RECIPES
 
+ROOT = Path(__file__).parents[1]
 SETTINGS: dict[str, list[str]] = {  # what the world is like -> flags of train.py
     "clean": [],
     "wrong": ["--wrong-references", "0.35"],
@@ -105,7 +106,7 @@ def run(cell: Cell, out: Path, extra: list[str]) -> str:
     if (folder / "settings.json").exists():
         command.append("--resume")
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=Path(__file__).parent, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     why = "" if done.returncode in (0, 130) else (done.stderr.strip().splitlines() or ["no message"])[-1]
     if why:  # 130: stopped by hand
         (folder / "failed.txt").write_text(why + "\n")
@@ -338,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
     seconds = time.perf_counter() - begun
     print(f"\n{write(found, out)}\n{len(cells)} runs, {seconds:.0f} s -> {out / 'table.md'}", flush=True)
     if found:
-        subprocess.run([sys.executable, "report.py", str(out)], cwd=Path(__file__).parent, check=True)
+        subprocess.run([sys.executable, "-m", "experiments.report", str(out)], cwd=ROOT, check=True)
     return 1 if failed else 0
 
 

@@ -18,8 +18,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from data import Example
-from scoring import LETTERS, as_number, defined, parse_python, react_calls, same
+from tasks.data import Example
+from tasks.scoring import LETTERS, as_number, defined, parse_python, react_calls, same
 
 CHOICE = """{question}
 

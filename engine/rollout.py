@@ -25,12 +25,12 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from parallel import ALONE, Alone
-from sampling import ENGINES, Draw, answering
+from engine.parallel import ALONE, Alone
+from engine.sampling import ENGINES, Draw, answering
 
 transformers.utils.logging.disable_progress_bar()  # loading half a second of weights needs no bar
 
-TINY = Path(__file__).parent / "assets" / "tiny-base"
+TINY = Path(__file__).parents[1] / "tasks" / "tiny-base"
 SHORT = {  # short names; the id they stand for is printed and saved
     "tiny": str(TINY),
     "Qwen2.5-0.5B": "Qwen/Qwen2.5-0.5B-Instruct",
@@ -307,7 +307,7 @@ def explain_missing(name: str, where: str, error: Exception) -> str:
     if os.path.isdir(where):
         return f"--model {name}: the folder {where} does not hold a usable Hugging Face checkpoint ({text.splitlines()[0]})"
     if where == str(TINY):
-        return "--model tiny: assets/tiny-base is missing; build it with `python tiny.py`"
+        return "--model tiny: tasks/tiny-base is missing; build it with `python -m tasks.tiny`"
     if where.startswith((".", "~", os.sep)):
         return f"--model {name}: there is no folder {where}"
     if "gated" in text.lower() or "401" in text or "403" in text:

@@ -1,6 +1,6 @@
 """report.py - what a study says: its figures, and the paper's claims beside its numbers.
 
-    python report.py results          reads results/cells.json, writes results/figures/*.png and results/claims.md
+    python -m experiments.report results          reads results/cells.json, writes results/figures/*.png and results/claims.md
 
 What: rows are compared by differences *paired by seed* (the same seed is the same questions in the same order), with the
 95 % interval of their mean (Student's t over the seeds). A claim is a rule about such intervals, printed beside its
@@ -24,8 +24,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-import study
-from watch import INK
+from engine.watch import INK
+from experiments import study
 
 MIN_SEEDS = 3  # no verdict and no error bar from fewer: with two, Student's t is 12.7
 SMALL = 1.0  # points of accuracy, 5 of the 500 held-out questions: a smaller advantage is none

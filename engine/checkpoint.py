@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import parallel
-from config import SETTINGS, Config, saved_settings
+from engine import parallel
+from engine.config import SETTINGS, Config, saved_settings
 
 try:
     import fcntl

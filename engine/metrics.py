@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 import losses
-from data import Example, Task, chat_ids, fit_prompt, teacher_message
-from parallel import whole_layers
-from reading import chunks, head_of, passes, read, sampled_logps
-from rollout import Loaded, decode, generate, right_pad, turn_end
+from engine.parallel import whole_layers
+from engine.reading import chunks, head_of, passes, read, sampled_logps
+from engine.rollout import Loaded, decode, generate, right_pad, turn_end
+from tasks.data import Example, Task, chat_ids, fit_prompt, teacher_message
 
 
 def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:

@@ -19,9 +19,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-import checkpoint
-import metrics
-from rollout import decode, load
+from engine import checkpoint, metrics
+from engine.rollout import decode, load
 
 # Colours that stay apart for every kind of colour vision (Okabe and Ito's).
 INK = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]

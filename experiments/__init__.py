@@ -1,0 +1,1 @@
+"""experiments - tables and costs. See README.md in this folder."""

@@ -1,0 +1,1 @@
+"""tasks - questions, and how answers are judged. See README.md in this folder."""
