@@ -62,9 +62,9 @@ class EMA:
         """
         # So only read inside. Two traps:
         # 1. Never train inside: an optimizer step would write into the shadow.
-        # 2. Never divide a forward and its backward pass between inside and outside. y = w x keeps w for the backward
-        #    pass, and autograd does not notice that w.data points elsewhere by then: forward outside at w = 2, backward
-        #    inside, where w is 5, and dy/dx is 5 instead of 2. Nothing warns.
+        # 2. Never divide a forward and its backward pass between inside and outside. y = w x (w the scale of a norm)
+        #    keeps w for the backward pass, and autograd does not notice that w.data points elsewhere by then: forward
+        #    outside at w = 2, backward inside, where w is 5, and dy/dx is 5 instead of 2. Nothing warns.
         put_aside = {}
         try:
             for name, parameter in self._tracked(model):
