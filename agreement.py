@@ -13,7 +13,7 @@ UniSD (arXiv 2605.06597), eq. 2:
 Weights carry no gradient, the weighted mean does. A gradient through the weights would offer a shortcut: lower the loss
 by making hard tokens count less. So weights are measured first, and then used as constants.
 
-Depends on torch only.   Try it:  python agreement.py   prints the example at the end of this file.
+Depends on torch only.   Try it:  python agreement.py
 Shapes: K contexts, B sequences, T completion tokens.
 """
 
@@ -118,7 +118,7 @@ def weighted_mean(per_token: Tensor, mask: Tensor, weights: Tensor, normalizer: 
     return (per_token * coefficients(mask, weights, normalizer)).sum()
 
 
-if __name__ == "__main__":  # a hand-sized example: every number can be checked with a pocket calculator
+if __name__ == "__main__":  # a hand-sized example for a pocket calculator; docs/by-hand.md shows its output
     cells = lambda numbers, form: "".join(f"{number:{form}}" for number in numbers.flatten().tolist())
     by_token = [[-0.1, -0.1, -0.1], [-1.0, -2.0, -3.0], [-0.2, -0.2, -0.2], [-0.5, -2.0, -3.5], [-3.0, -2.0, -1.0]]
     readings, mask = torch.tensor(by_token).T.unsqueeze(1), torch.ones(1, 5)  # (K = 3, B = 1, T = 5)

@@ -6,7 +6,7 @@ UniSD (arXiv 2605.06597), eq. 3, every S optimizer steps:
 
     shadow <- decay * shadow + (1 - decay) * student            decay = the share of the OLD teacher that stays
 
-Depends on torch only.   Try it:  python ema.py   prints the example at the end of this file.
+Depends on torch only.   Try it:  python ema.py
 """
 
 import math
@@ -121,7 +121,7 @@ def half_life(decay: float, every: int = 1) -> float:
     return 0.0 if decay <= 0.0 else every * math.log(0.5) / math.log(decay)
 
 
-if __name__ == "__main__":  # a hand-sized example: every number can be checked with a pocket calculator
+if __name__ == "__main__":  # a hand-sized example for a pocket calculator; docs/by-hand.md shows its output
     model = nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(1.0)
     ema, bf16, averages = EMA(model, decay=0.9), torch.ones(1, dtype=torch.bfloat16), [(1.0, 1.0)]

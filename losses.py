@@ -1,7 +1,8 @@
 """losses.py - every scalar we minimise, as a formula.
 
-Cross-entropy on a label says which one token is right. A teacher says how likely *every* token of the vocabulary is; to
-learn from that, we must measure how far the student's distribution is from the teacher's: one value per token, in nats.
+One model plays both parts: as student it sees the question, as teacher a reference solution, too. At each token of an
+answer both say how likely every token of the vocabulary is. Cross-entropy teaches one label; to learn all the teacher
+says, we need to measure how far apart two distributions are: one value per token, in nats (natural logarithms).
 
     forward KL   D = KL(teacher || student)                            "cover whatever the teacher might say"
     reverse KL   D = KL(student || teacher)                            "say only what the teacher might say"
@@ -11,8 +12,7 @@ learn from that, we must measure how far the student's distribution is from the 
     features     mean over H of (f_student - f_teacher)^2                                                    eq. 6
 
 The equations are those of UniSD (arXiv 2605.06597). Inputs are log-probabilities, never logits: the fp32 upcast and the
-temperature belong to the vocabulary head, and happen there once.
-Depends on torch only.   Try it:  python losses.py   prints the example at the end of this file.
+temperature belong to the vocabulary head.   Depends on torch only.   Try it:  python losses.py
 Shapes: B sequences, T completion tokens, V vocabulary, H hidden size; "..." is any leading shape, (B, T) or (tokens,).
 """
 
@@ -126,7 +126,7 @@ def clip_tokens(per_token: Tensor, ceiling: float | Tensor | None) -> Tensor:
     """min(D, ceiling), eq. 9, so that no single token dominates a step. None = no clipping.
 
     (...) -> (...)
-    After the sum over the vocabulary, before the weights. A static ceiling of ln 2 or more can never act on a JSD.
+    It comes after the sum over the vocabulary and before the weights. A static one of ln 2 or more never acts on a JSD.
     """
     if ceiling is None:
         return per_token
@@ -163,7 +163,7 @@ def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
 
     (..., H), (..., H) -> (...)
     """
-    # Not in bf16: of 8 significant bits, there is nothing between .1230 and .1235. The mean: any width, same weight.
+    # In fp32: bf16 has 8 significant bits, and nothing between .1230 and .1235. A mean: one weight suits any width H.
     wide = torch.promote_types(student.dtype, torch.float32)
     return (student.to(wide) - teacher.detach().to(wide)).square().mean(-1)
 
@@ -176,7 +176,7 @@ def entropy(logps: Tensor) -> Tensor:
     return -(logps.exp() * logps.masked_fill(logps == -torch.inf, 0.0)).sum(-1)  # 0 ln 0 = 0, as in kl
 
 
-if __name__ == "__main__":  # a hand-sized example: every number can be checked with a pocket calculator
+if __name__ == "__main__":  # a hand-sized example for a pocket calculator; docs/by-hand.md shows its output
     torch.set_default_dtype(torch.float64)
     student = torch.tensor([[0.70, 0.10, 0.10, 0.10], [0.25, 0.25, 0.25, 0.25], [0.97, 0.01, 0.01, 0.01]])
     teacher = torch.tensor([[0.70, 0.10, 0.10, 0.10], [0.70, 0.20, 0.05, 0.05], [0.10, 0.80, 0.05, 0.05]])

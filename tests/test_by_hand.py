@@ -1,4 +1,4 @@
-"""docs/by-hand.md shows what each core file prints when it is run, and what is printed is right by a second calculation.
+"""docs/by-hand.md shows what each core file prints when it is run; a second calculation checks the numbers.
 
 Files are found in the page: a new one needs its two fenced blocks there, and nothing in this file.
 After an edit of an example, `python tests/test_by_hand.py` puts the outputs of the page right.
