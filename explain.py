@@ -95,7 +95,7 @@ def explain(
     ids = torch.tensor([answer], device=lm.device)
     with lm.autocast():
         columns, sums = read_by_all(lm, base, prompts, ids, cfg)
-    columns["text"] = [lm.tokenizer.decode([i]) for i in answer]
+    columns["text"] = [spell(lm, i) for i in answer]
     tokens = [Token(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
     (text,) = decode(lm, ids, torch.ones_like(ids))
     verdict = task.score([example], [text]) if example.answer is not None else []
@@ -147,8 +147,14 @@ def likeliest(lm: Loaded, states: Tensor, head: Head, ids: Tensor, tau: float) -
         written += token_logps(p, ids[piece]).tolist()
         best = p.topk(5)
         for some, values in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-            tops.append([(lm.tokenizer.decode([i]), v) for i, v in zip(some, values, strict=True)])
+            tops.append([(spell(lm, i), v) for i, v in zip(some, values, strict=True)])
     return written, tops
+
+
+def spell(lm: Loaded, token: int) -> str:
+    """A token as text; by its name in the vocabulary where it is only a part of a character, as most of an emoji are."""
+    text = lm.tokenizer.decode([token])
+    return lm.tokenizer.convert_ids_to_tokens(token) if "\ufffd" in text else text
 
 
 def prompts_of(lm: Loaded, example: Example, task: Task, cfg: Config) -> dict:

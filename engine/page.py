@@ -142,6 +142,7 @@ def html_page(x) -> str:
     """The page as one text, which needs nothing else."""
     columns, marked = columns_of(x), worst(x.tokens)
     say = lambda text: escape("␣" if text == " " else visible(text))
+    paragraphs = lambda text: escape("\n".join(map(visible, text.split("\n"))))
     heat = lambda d: f"--heat: {1 - math.exp(-1.4 * d):.3f}"  # 0.1 nats just show, 2 are nearly full
     rows = lambda lines: "".join("<tr>" + "".join(line) + "</tr>" for line in lines)
     name, text, num = ("<th>{}".format, "<td>{}".format, '<td class="n">{}'.format)
@@ -164,8 +165,9 @@ def html_page(x) -> str:
         return f'<span class="card">{out}</span>'
 
     tokens = ""
+    first = max(range(len(x.tokens)), key=lambda i: x.tokens[i].div)  # its card is open until another one is asked for
     for i, t in enumerate(x.tokens):
-        kind = "tok worst" if i in marked else "tok"
+        kind = "tok" + " worst" * (i in marked) + " first" * (i == first)
         tokens += f'<span class="{kind}" tabindex="0" style="{heat(t.div)}">{say(t.text)}{card(i, t)}</span>'
         tokens += "<br>" * ("\n" in t.text)
     titles = ["token", "student", "teacher", "would say", "", *(title for title, *_ in columns)]
@@ -178,14 +180,14 @@ def html_page(x) -> str:
         )
     return Template(PAGE.read_text(encoding="utf-8")).substitute(
         title=escape(visible(x.example.question)),
-        head=rows([name(title), text(escape(value))] for title, value in title_of(x)),
+        head=rows([name(title), text(paragraphs(value))] for title, value in title_of(x)),
         tokens=tokens,
         scale=" ".join(f'<span class="tok" style="{heat(d)}">{d:g}</span>' for d in (0, 0.1, 0.3, 1, 3)),
         sums=rows([name(title), num(value), text(escape(remark))] for title, value, remark in sums_of(x)),
         rows=rows(lines),
         notes="<br>".join(f"<b>{title}</b> {escape(meaning)}" for title, meaning, _ in columns),
         prompts="".join(
-            f'<details><summary>what the {reader} reads</summary><pre class="box">{escape(prompt)}</pre></details>'
+            f'<details><summary>the prompt: {reader}</summary><pre class="box">{paragraphs(prompt)}</pre></details>'
             for reader, prompt in x.prompts.items()
         ),
     )
