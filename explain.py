@@ -105,12 +105,10 @@ def explain(
     return Explained(example, text, verdict[0]["correct"] if verdict else None, tokens, sums, spelled, cfg)
 
 
-def read_by_all(
-    lm: Loaded, base: Loaded, prompts: dict, ids: Tensor, cfg: Config
-) -> tuple[dict[str, list], dict[str, float]]:
+def read_by_all(lm: Loaded, base: Loaded, prompts: dict, ids: Tensor, cfg: Config) -> tuple[dict, dict]:
     """Every reader reads the same tokens; what differs is the prompt in front of them and, with a base, the weights.
 
-    ids (1, n) -> the columns of Token but its text, n entries each; the sums
+    ids (1, n) -> {a field of Token: n values}, {name of a sum: its value}
     """
     one = {name: [prompts[name]] for name in ("student", "teacher", "negative")}  # a step of one answer
     batch = Batch(**one, contexts=[[prompt] for prompt in prompts["contexts"]], ids=ids, mask=torch.ones_like(ids))
@@ -125,10 +123,8 @@ def read_by_all(
     columns = {"div": value["div"].tolist(), "weight": weights.reliability[0].tolist()}
     columns["contrast"] = value["contrast"].tolist() if cfg.w_contrast else [None] * ids.shape[1]
     columns["contexts"] = [[]] * ids.shape[1] if scores.contexts is None else scores.contexts[:, 0].T.tolist()
-    columns["student"], columns["top_student"] = likeliest(lm, states, head, ids[0], cfg.distill_temperature)
-    columns["teacher"], columns["top_teacher"] = likeliest(
-        lm, scores.states, teacher_head, ids[0], cfg.distill_temperature
-    )
+    for who, h, seen in (("student", head, states), ("teacher", teacher_head, scores.states)):
+        columns[who], columns[f"top_{who}"] = likeliest(lm, seen, h, ids[0], cfg.distill_temperature)
     sums = {"mean D": tokens.plain_share @ value["div"], "loss": loss}
     sums["weighted mean D"] = tokens.share @ clip_tokens(value["div"], tokens.ceiling)
     if cfg.w_contrast:
@@ -159,10 +155,12 @@ def spell(lm: Loaded, token: int) -> str:
 
 def prompts_of(lm: Loaded, example: Example, task: Task, cfg: Config) -> dict:
     """The prompts of all readers, made by what makes them for training. Raises ValueError if they cannot be made."""
-    room = lm.context - cfg.max_new_tokens
+    room, n = lm.context - cfg.max_new_tokens, cfg.max_new_tokens
     if room < 16:
+        raise ValueError(f"--max-new-tokens {n} leaves no room in the model's context of {lm.context}: lower it")
+    if cfg.uses_agreement and cfg.context_kind != "random":
         raise ValueError(
-            f"--max-new-tokens {cfg.max_new_tokens} leaves no room in the model's context of {lm.context}: lower it"
+            f"context kind {cfg.context_kind} needs what a run has prepared: only random ones can be looked into"
         )
     # Demonstrations are drawn by seed and place, so a training question must stand in its own place.
     i = next((i for i, e in enumerate(task.train) if e.question == example.question), len(task.train))
@@ -209,8 +207,8 @@ def talk(lm: Loaded, base: Loaded, task: Task | None, cfg: Config, temperature: 
 def run(argv: list[str] | None) -> int:
     """Explain one question, or talk. Raises ValueError."""
     args, cfg = parse(argv, __doc__.partition(" - ")[2].split("\n\nDepends")[0])
-    sizes = dict(train_size=Config.train_size if args.data == "tiny" else 0, test_size=1 if args.data == "tiny" else 0)
-    task = load_task(args.data, **sizes, seed=cfg.seed)[0] if args.data else None
+    sizes = (Config.train_size, 1) if args.data == "tiny" else (0, 0)
+    task = load_task(args.data, train_size=sizes[0], test_size=sizes[1], seed=cfg.seed)[0] if args.data else None
     example = None if args.question is None else example_for(args.question.strip(), args.reference, args.wrong, task)
     device, dtype, _ = choose_device(cfg.device, cfg.dtype)
     lm = load(args.model, device)
@@ -219,9 +217,7 @@ def run(argv: list[str] | None) -> int:
         model.dtype = dtype
         check_head(model.model, model.vocab, chat_ids(model.tokenizer, "1 + 1"))
     if base.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
-        raise ValueError(
-            f"--base {args.base} and --model {args.model} have different vocabularies: they cannot be compared"
-        )
+        raise ValueError(f"--base {args.base} and --model {args.model} have different tokens: they cannot be compared")
     if "max_new_tokens" not in args:
         cfg.max_new_tokens = min(cfg.max_new_tokens, lm.context // 2)
     if example:

@@ -55,7 +55,7 @@ def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace,
         "utf-8", "replace"
     )  # a shell may hand over any bytes
     ask = "what the model is asked; without one, you are asked, again and again"
-    parser.add_argument("question", nargs="?", type=utf8, default=argparse.SUPPRESS, help=ask)
+    parser.add_argument("asked", nargs="?", type=utf8, metavar="QUESTION", help=ask)
     for name, help in TEXTS.items():
         parser.add_argument(name, type=utf8, metavar="TEXT", help=help)
     parser.add_argument(
@@ -71,6 +71,7 @@ def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace,
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=help, **kind)
     parser.set_defaults(model="tiny")
     args = parser.parse_args(argv)
+    args.question = args.question if args.asked is None else args.asked
     if args.data is None:
         args.data = "tiny" if speaks_world(SHORT.get(args.model, args.model)) else ""
     try:

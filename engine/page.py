@@ -73,7 +73,7 @@ def columns_of(x) -> list[tuple[str, str, list[str]]]:
     k = len(x.tokens[0].contexts)
     out = [("D", f"{NAMES[x.cfg.divergence]} in nats", [number(t.div) for t in x.tokens])]
     if x.cfg.w_contrast:
-        meaning = "contrast, eq. 5: 0 once the wrong teacher is further from the student by the margin"
+        meaning = "contrast, eq. 5: 0 once the wrong teacher is further off by the margin"
         out.append(("C", meaning, [number(t.contrast) for t in x.tokens]))
     readings = zip(*(t.contexts if k <= 4 else (min(t.contexts), max(t.contexts)) for t in x.tokens), strict=True)
     for i, some in enumerate(readings):
@@ -82,7 +82,7 @@ def columns_of(x) -> list[tuple[str, str, list[str]]]:
         )
         out.append((f"l{i + 1}" if k <= 4 else ("low", "high")[i], meaning, [number(logp, 2) for logp in some]))
     if k:
-        meaning = f"agreement weight, eq. 2, gamma {x.cfg.gamma:g}: the more they differ, the less it counts"
+        meaning = f"agreement weight, eq. 2, gamma {x.cfg.gamma:g}: smaller where they differ"
         out.append(("w", meaning, [number(t.weight, 2) for t in x.tokens]))
     return out
 
@@ -96,7 +96,7 @@ def sums_of(x) -> list[tuple[str, str, str]]:
     rows.append(("mean contrast", f"margin {x.cfg.margin:g}"))
     terms = [(x.cfg.w_div, "weighted mean D"), (x.cfg.w_contrast, "mean contrast")]
     how = " + ".join(f"{w:g} * {x.sums[name]:.6f}" for w, name in terms if w)
-    rows.append(("loss", f"= {how}: eq. 1 for this answer"))
+    rows.append(("loss", f"= {how} (eq. 1)"))
     return [(name, f"{x.sums[name]:.6f}", remark) for name, remark in rows if name in x.sums]
 
 
@@ -162,7 +162,7 @@ def html_page(x) -> str:
                 own = ' class="own"' if word == t.text else ""
                 out += f'<span{own} style="--p: {p:.3f}"><b>{say(word)}</b>{chance(p)}</span>'
             out += "</span>"
-        return f'<span class="card">{out}</span>'
+        return f'<span class="card" tabindex="-1">{out}</span>'
 
     tokens = ""
     first = max(range(len(x.tokens)), key=lambda i: x.tokens[i].div)  # its card is open until another one is asked for

@@ -32,7 +32,7 @@ class LoadedDice(random.Random):
 
 def recognise(question: str) -> Example | None:
     """A question of the tiny world -> its example, reference and wrong reference without blots; None if it is none."""
-    words, pieces = re.findall(r"[a-z]+", question), lambda text: sorted(re.findall(r"\w+", text))
+    words, pieces = re.findall(r"[a-z]+", question), lambda text: sorted(re.findall(r"\w+|\S", text))
     dice = LoadedDice(question)  # the free falls are seeded: the same wrong reference whenever one asks
     try:
         numbers = [int(n) for n in re.findall(r"\d+", question)]
@@ -43,7 +43,7 @@ def recognise(question: str) -> Example | None:
                 family, dice.told = "choice", [1, numbers]
             case ["where", "is", thing, *places] if len(set(places)) == 4:
                 family, dice.told = "fact", [thing, [p for p in places if p != world.HOMES[thing]]]
-            case ["f", *steps]:
+            case ["f", *steps] if len(numbers) in (2, 3):
                 family, dice.told = "code", [w for w in steps if w != "then"] + numbers
             case ["tool", *asked]:
                 asks = [w for ways, _ in world.TOOLS.values() for w in ways]
@@ -54,7 +54,8 @@ def recognise(question: str) -> Example | None:
         item = world.MAKE[family](dice, ood=family == "code" and len(numbers) == 3, scramble=False)
     except (LookupError, ValueError, StopIteration):  # a word that no maker uses, or too few
         return None
-    same = pieces(item.question) == pieces(question)  # places, and a tool's arguments, come in any order
+    # Places, and the arguments of a tool, come in any order.
+    same = item.question == question or (family in ("fact", "tool") and pieces(item.question) == pieces(question))
     return Example(family, question, item.terse, item.answer, item.wrong) if same else None
 
 
