@@ -46,9 +46,9 @@ def speaks_world(folder: str) -> bool:
 
 def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace, Config]:
     """What is asked, and the checked settings. What makes no sense ends the program with one line and code 2."""
-    how = argparse.RawDescriptionHelpFormatter
+    how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EPILOG, allow_abbrev=False)
     parser = argparse.ArgumentParser(
-        "explain.py", description=description, epilog=EPILOG, formatter_class=how, allow_abbrev=False
+        "explain.py", "python explain.py [QUESTION] [--flag VALUE ...]", description, **how
     )
     parser.error = lambda message: parser.exit(2, f"explain.py: {message}\n")
     utf8 = lambda text: text.encode("utf-8", "surrogateescape").decode(

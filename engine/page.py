@@ -28,7 +28,8 @@ def worst(tokens: list) -> set[int]:
 
 def number(x: float, digits: int = 3) -> str:
     """Five characters, or few more: 0.123, 12.35, 123.5."""
-    return f"{x:.{max(0, digits + 1 - len(str(int(abs(x)))))}f}"
+    digits = max(0, digits + 1 - len(str(int(abs(x)))))
+    return f"{round(x, digits) + 0.0:.{digits}f}"  # + 0.0: no "-0.00"
 
 
 def chance(p: float) -> str:

@@ -275,7 +275,7 @@ def test_tokens_are_shown_safely():
         "e\u0301   ",
         "é中~",
     ]
-    assert [number(x) for x in (0.1234, 12.345, 123.45, -0.5, 0)] == ["0.123", "12.35", "123.5", "-0.500", "0.000"]
+    assert [number(x) for x in (0.1234, 12.347, 123.47, -0.5, -1e-9)] == ["0.123", "12.35", "123.5", "-0.500", "0.000"]
 
 
 def test_a_part_of_a_character_goes_by_its_name_in_the_vocabulary(lm):
