@@ -91,7 +91,7 @@ class Config(Mechanisms):
     )
     demos: int = opt(1, "solved examples in each context")
     context_kind: str = opt(
-        "random", "what a context shows: random or similar solved examples, or an induced instruction", CONTEXT_KINDS
+        "random", "a context shows random or similar solved examples, or an induced instruction", CONTEXT_KINDS
     )
     context_reference: bool = opt(True, "contexts also hold the question's own reference")
     retriever: str = opt("states", "similarity by the model's own mean-pooled states, or tfidf", ("states", "tfidf"))
@@ -115,12 +115,8 @@ class Config(Mechanisms):
     batch: int = opt(64, "prompts per optimizer step")
     micro_batch: int = opt(4, "sequences per forward and backward; bounds memory, never changes the result")
     sample_batch: int = opt(64, "prompts sampled together; need not be the micro-batch")
-    chunk: int = opt(
-        0, "tokens per application of the vocabulary head; bounds memory, never changes the result (0 = by vocabulary)"
-    )
-    max_tokens_per_pass: int = opt(
-        16384, "token budget (rows x longest row) of one scoring pass; bounds memory, never changes the result"
-    )
+    chunk: int = opt(0, "tokens through the head together; bounds memory, never changes the result (0 = auto)")
+    max_tokens_per_pass: int = opt(16384, "rows x longest row of a scoring pass; bounds memory, no effect on results")
     lr: float = opt(2e-5, "peak learning rate, AdamW")
     warmup: float = opt(0.1, "share of the steps with a rising learning rate; then cosine to 0")
     weight_decay: float = opt(0.0, "AdamW weight decay")
