@@ -15,6 +15,7 @@ Shapes: n tokens of the answer, V vocabulary, H hidden size, K contexts.
 """
 
 import io
+import os
 import sys
 import warnings
 from dataclasses import dataclass, replace
@@ -242,6 +243,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("explain.py: stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who reads, `head` for one, has seen enough; Python must not try again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except torch.OutOfMemoryError:
         print("explain.py: the device is out of memory: lower --max-new-tokens, or use --device cpu", file=sys.stderr)
     except ValueError as error:

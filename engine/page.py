@@ -125,7 +125,7 @@ def show(x, html: str | None = None) -> None:
     """Print the table, in colour where the terminal has any, and write the page. Raises ValueError if it cannot be written."""
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
     width = min(120, max(80, shutil.get_terminal_size((100, 0)).columns))
-    print(table(x, width, color, sys.stdout.encoding or "utf-8"))
+    print(table(x, width, color, sys.stdout.encoding or "utf-8"), flush=True)
     if html:
         try:
             Path(html).write_text(html_page(x), encoding="utf-8")

@@ -5,11 +5,13 @@ the table and the page, whatever the tokens are; the talk; every refusal.
 import builtins
 import io
 import json
+import os
 import random
 import re
 import sys
 import unicodedata
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -472,3 +474,25 @@ def test_help_shows_every_default_and_the_questions_it_knows(capsys):
     assert stop.value.code == 0 and "(default: 0.01; tiny world: 1.0)" in text and "(default: 3 with --data" in text
     shown = re.findall(r'"([^"]+)"', text)
     assert len(shown) == 5 and [recognise(q).task for q in shown] == ["sum", "choice", "fact", "code", "tool"]
+
+
+def test_the_docs_show_what_is_printed(lm, monkeypatch, capsys):
+    shown = (Path(command.__file__).parent / "docs" / "explain.md").read_text(encoding="utf-8").split("```")[3].strip()
+    monkeypatch.setattr(command, "load", lambda name, device: lm)
+    assert command.main(["89+72", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out.strip()
+    decimal = r"-?\d+\.\d+"  # other processors round differently
+    assert re.sub(decimal, "#", printed).split() == re.sub(decimal, "#", shown).split()
+    close = zip(re.findall(decimal, printed), re.findall(decimal, shown), strict=True)
+    assert all(float(a) == pytest.approx(float(b), abs=0.011) for a, b in close)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes end otherwise there")
+def test_a_reader_who_has_seen_enough_is_no_error(lm, monkeypatch, capfd):
+    monkeypatch.setattr(command, "load", lambda name, device: lm)
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with os.fdopen(theirs, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert command.main(["89+72", "--contexts", "0", "--device", "cpu"]) == 0
+    assert capfd.readouterr().err == ""
