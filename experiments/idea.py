@@ -6,12 +6,14 @@ Depends on matplotlib only.
 """
 
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch
+from PIL import Image
 
 QUESTION = "where is toad: forest, castle, tower, harbor"
 START, ANSWER = "the toad is in the", "harbor"  # the model's own answer, greedy, before training
@@ -88,10 +90,12 @@ def draw(path: Path) -> None:
     axis.plot((up, up, (left + right) / 2), (TOP + HIGH, over, over), color=blue, lw=2.8, solid_joinstyle="miter")
     arrow(axis, ((left + right) / 2, over + 0.015), ((left + right) / 2, TOP + HIGH), blue, 2.8)
     axis.text(7.9, over + 0.12, "5 update: only this reading has a gradient", fontsize=10, color=blue, ha="center")
-    note = "All four are the same network. The\nteacher's weights are the student's as\nthey were (frozen), or a slow average\nof them (EMA)."
+    note = "All four are the same network. The teacher's weights are the student's as they were (frozen), or a slow "
+    note = fill(note + "average of them (EMA).", 38)
     axis.text(0.15, 0.25, note, fontsize=9.5, color=INK, va="bottom", linespacing=1.4)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+    Image.open(path).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
 
 
 if __name__ == "__main__":
