@@ -31,7 +31,7 @@ import torch
 from engine import metrics
 from engine.config import saved_settings
 from engine.rollout import Loaded, choose_device, load
-from tasks import benchmarks, jsonl, world
+from tasks.catalog import load_task
 from tasks.data import Task
 
 TABLE_1 = (
@@ -40,15 +40,6 @@ TABLE_1 = (
     "mbpp",
     "toolalpaca",
 )  # the paper's, whose first and third bring GPQA and HumanEval with them
-
-
-def task_of(name: str, size: int) -> Task:
-    """The tiny world, a benchmark, or a .jsonl file, for evaluation only. Raises ValueError if it cannot be loaded."""
-    if name == "tiny":
-        return world.load(train_size=5, test_size=size or 100)
-    if jsonl.is_file(name):
-        return jsonl.load_jsonl(name, test_size=size, negatives=False)[0]
-    return benchmarks.load_task(name, train_size=None, test_size=size)[0]
 
 
 def one_model(lm: Loaded, task: Task, limit: int, cache: Path) -> dict:
@@ -182,8 +173,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--sample-batch", type=at_least(1), default=256, help="prompts answered together; bounds memory"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="matmul precision")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="matmul precision")
     parser.add_argument(
         "--out", default="", help="folder for eval.json, eval.md, eval.png and the answers ('' = only print)"
     )
@@ -233,7 +224,7 @@ def run(args, cache: Path) -> list[dict]:
     tasks, problems = [], []
     for name in TABLE_1 if args.task == "all" else (args.task,):  # before the models: loading these takes longer
         try:
-            tasks.append(task_of(name, args.size))
+            tasks.append(load_task(name, train_size=None, test_size=args.size)[0])
         except ValueError as error:
             problems.append(str(error))
     if not tasks:

@@ -1,18 +1,17 @@
-"""train.py - put it together: sample, score, loss, update, log (Algorithm 1), and a run that survives being killed.
+"""train.py - put it together: sample, score, weigh, loss, update, log (Algorithm 1), and a run that survives being killed.
 
     python train.py                                  the embedded tiny model, a few minutes on a laptop
     python train.py --recipe ema --clip 2.0          any row of the paper's table, any mechanism on top
     python train.py --out runs/mine --resume         go on where a run was stopped
+    torchrun --nproc-per-node 2 train.py --out runs/two
 
-What is the method stands under the five banners in `train`; everything else is plumbing: the run's folder, checkpoints,
+What is the method stands under the six banners in `train`; everything else is plumbing: the run's folder, checkpoints,
 tables. `--out` receives log.jsonl (a row a step), curves.png, the trained model as a Hugging Face checkpoint,
-summary.json, and checkpoint-<step>/. What a `run` holds is the dataclass Run in build.py.
+summary.json, and checkpoint-<step>/. What a `run` holds is the dataclass Run in engine/build.py.
 
-Not like the official code: one denominator per optimizer step, so the gradient does not depend on the micro-batch; the
-EMA teacher, the data cursor and every random state are in the checkpoint, so a resumed run equals an uninterrupted one
-bit for bit.
-Several processes: torchrun --nproc-per-node 2 train.py ...  (parallel.py).
-Depends on most other files; study.py and bench.py run it.   Try it:  python -m pytest tests/test_train.py -q
+It exists because a method is only understood once one has seen the order of things: the teachers read *before* the student
+does, every denominator is known *before* the first backward, and the average moves *after* the update.
+Depends on the core and engine/.   Try it:  python -m pytest tests/test_train.py -q
 """
 
 import json
@@ -29,14 +28,16 @@ import torch
 from torch import Tensor
 
 from engine import checkpoint, metrics, parallel, plan
+from engine.adaptive import divergence_before, least_certain, uncertainty
 from engine.build import Run, start
 from engine.config import SETTINGS, Config, default_out, parse
-from engine.parallel import clip_gradients, whole_layers
-from engine.reading import chunks, head_of, read
+from engine.head import chunked_objective, head_of
+from engine.parallel import ALONE, Alone, clip_gradients, whole_layers
+from engine.reading import PackedReader, token_slices
 from engine.rollout import generate, right_pad, turn_end
 from engine.watch import Watch, after_training, before_training
 from losses import quantile_ceiling
-from unisd import Batch, Targets, divergence_now, score_teachers, unisd_loss
+from unisd import Batch, Scores, Tokens, Weights, context_readings, read, score_teachers, tokens_of, weigh
 
 
 def train(run: Run, log, watch: Watch) -> None:
@@ -46,48 +47,54 @@ def train(run: Run, log, watch: Watch) -> None:
     while run.step < cfg.steps and not ranks.any(watch.stop):
         # --- 1. sample: the student answers, alone -------------------------------------------------------------------
         clock = Clock(run.lm.device)
-        everyone = order(len(run.usable), cfg.seed, run.step * cfg.batch, cfg.batch)
-        chosen = [run.usable[n] for n in everyone[ranks.share(cfg.batch)]]
+        chosen = order(len(run.usable), cfg.seed, run.step * cfg.batch, cfg.batch)
+        chosen = [run.usable[n] for n in chosen[ranks.share(cfg.batch)]]  # this process' questions
         p, tally = [run.prompts[i] for i in chosen], {}
         ids, mask = write_answers(run, p, chosen, tally)
-        batch = Batch(
-            student=[x["student"] for x in p],
-            teacher=[x["teacher"] for x in p],
-            negative=[x["negative"] for x in p],
-            contexts=[[x["contexts"][k] for x in p] for k in range(len(p[0]["contexts"]))],
-            ids=ids,
-            mask=mask,
-        )
+        contexts = [[x["contexts"][k] for x in p] for k in range(len(p[0]["contexts"]))]
+        student, teacher, negative = ([x[name] for x in p] for name in ("student", "teacher", "negative"))
+        batch = Batch(student, teacher, negative, contexts, ids, mask)
         clock.lap("sampling")
 
-        # --- 2. score: the teachers re-read the same tokens, before the student does: they borrow its weights --------
+        # --- 2. score: the teachers re-read the same tokens, before the student does -----------------------------------
+        # Until the `with` ends the model's parameters *are* the teacher's (ema.py lends them): a student's graph made before
+        # would be walked back through the wrong weights.
+        with run.lm.autocast(), run.teacher():
+            head = head_of(model, run.lm.vocab).detach()  # keeps pointing at the teacher's weights afterwards
+            reader = PackedReader(model, head, batch, cfg.max_tokens_per_pass, cfg.chunk, tally)
+            scores = score_teachers(reader, batch, cfg, with_contexts=cfg.agreement_budget >= 1)
+
+        # --- 3. weigh: how far each token is trusted, and every denominator ----------------------------------------------
         with run.lm.autocast():
-            t = score_teachers(model, run.teacher, batch, run.lm.vocab, cfg, ranks, tally)
-        if cfg.clip_quantile and cfg.w_div:
-            with run.lm.autocast():
-                now = divergence_now(model, t, run.lm.vocab, cfg, tally)
-            t.ceiling = quantile_ceiling(ranks.gather(now), ranks.gather(mask), cfg.clip_quantile)
+            weights, ceiling = weigh_step(reader, scores, run.teacher, cfg, ranks)
+        tokens = tokens_of(batch, scores, weights, ceiling)
         clock.lap("scoring")
 
-        # --- 3. loss: divergence, weights, contrast, features; the micro-batches are parts of one sum ----------------
+        # --- 4. loss: divergence, contrast, features; the micro-batches are parts of one sum -----------------------------
         model.train()
-        values, loss = [], torch.zeros((), device=run.lm.device)
-        for rows in chunks(len(p), cfg.micro_batch):
+        values, loss, scale = [], torch.zeros((), device=run.lm.device), run.loss_scale()
+        for rows, piece in token_slices(mask, cfg.micro_batch):
             with run.lm.autocast():
                 states = read(model, batch.student[rows], ids[rows], mask[rows])
-                part, each = unisd_loss(states, head_of(model, run.lm.vocab), t.rows(rows), t.head, cfg, t.ceiling)
+                said = None if scores.states is None else scores.states[piece]
+                part, each = chunked_objective(
+                    states, head_of(model, run.lm.vocab), said, head, scaled(tokens[piece], scale), cfg, cfg.chunk
+                )
             part.backward()
-            loss += part.detach()
+            loss += part.detach() / scale
             values.append(each)
         ranks.sum_gradients(parameters)
+        run.scaler.unscale_(run.optimizer)
         loss, norm = ranks.total(loss), clip_gradients(parameters, cfg.grad_norm)
 
-        # --- 4. update: AdamW, then, every few steps, the slow teacher -----------------------------------------------
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        # --- 5. update: AdamW, then, every few steps, the slow teacher ---------------------------------------------------
+        # An overflow of fp16 is no failure: the scaler leaves this update out and halves its scale.
+        if not math.isfinite(loss) or not (math.isfinite(norm) or run.may_overflow()):
             raise FloatingPointError(checkpoint.save_bad_batch(run, batch, loss.item(), norm.item()))
         for group in run.optimizer.param_groups:
             group["lr"] = cfg.lr * schedule(run.step, cfg)
-        run.optimizer.step()
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
         run.optimizer.zero_grad()
         model.eval()
         run.step += 1
@@ -95,13 +102,53 @@ def train(run: Run, log, watch: Watch) -> None:
             run.average.update(model)
         clock.lap("update")
 
-        # --- 5. log: one row, now and then a sample, a measurement, a checkpoint -------------------------------------
-        row = summarise(run, t, values, loss.item(), norm.item(), tally) | clock.seconds
+        # --- 6. log: one row, now and then a sample, a measurement, a checkpoint -----------------------------------------
+        row = summarise(run, batch, weights, ceiling, values, loss.item(), norm.item(), tally) | clock.seconds
         watch.after_step(run, row, batch)
         log.write(json.dumps(row) + "\n")
         log.flush()
         if cfg.save_every and run.step % cfg.save_every == 0 and run.step < cfg.steps:
             checkpoint.save(run)
+
+
+def weigh_step(
+    reader: PackedReader, scores: Scores, teacher, cfg: Config, ranks: Alone = ALONE
+) -> tuple[Weights, Tensor | float | None]:
+    """`unisd.weigh` for a step that several processes share. -> this process' Weights, the ceiling of the clip.
+
+    A quantile, a denominator and "the least certain quarter" are properties of the whole step. So each process' small tensors
+    are gathered, the core computes with all of them as if it were alone, and each process takes its own rows of the result.
+    `with teacher():` the model is the teacher; used where contexts are read for the least certain only (--agreement-budget).
+    """
+    batch, contexts, compared, before = reader.batch, scores.contexts, reader.batch.mask, None
+    adaptive = cfg.uses_agreement and contexts is None
+    if (adaptive and cfg.uncertainty == "divergence") or (cfg.clip_quantile and cfg.w_div):
+        before = divergence_before(reader, scores, cfg)
+    if adaptive:
+        rows = least_certain(uncertainty(reader, scores, cfg, before, ranks), cfg.agreement_budget, ranks)
+        with teacher():
+            contexts = torch.stack([*reader(context_readings(batch, cfg, rows)).values()])
+        compared = torch.zeros_like(batch.mask)
+        compared[rows] = batch.mask[rows]
+    mask, dtype = ranks.gather(batch.mask), torch.promote_types(next(reader.model.parameters()).dtype, torch.float32)
+    if contexts is not None:  # sequences first: it is they that are gathered
+        contexts = ranks.gather(contexts.transpose(0, 1)).transpose(0, 1)
+    whole = weigh(mask, cfg, contexts, ranks.gather(compared), dtype)
+    weights = Weights(**{name: ranks.mine(x, batch.mask) for name, x in vars(whole).items()})
+    if not cfg.w_div:
+        return weights, None
+    return weights, quantile_ceiling(
+        ranks.gather(before), mask, cfg.clip_quantile
+    ) if cfg.clip_quantile else cfg.clip or None
+
+
+def scaled(tokens: Tokens, scale: float) -> Tokens:
+    """The same tokens with a larger loss. fp16 keeps nothing below 6e-8, and a token's share of a gradient easily is: so it is
+    the *loss* that is scaled, here by its shares, and the gradient is divided again before the update.
+    """
+    if scale == 1.0:
+        return tokens
+    return Tokens(tokens.ids, tokens.share * scale, tokens.plain_share * scale, tokens.negative, tokens.ceiling)
 
 
 def order(n: int, seed: int, start: int, count: int) -> list[int]:
@@ -133,7 +180,8 @@ def write_answers(run: Run, prompts: list[dict], chosen: list[int], tally: dict)
     for i, x in zip(chosen, prompts, strict=True):
         if "answer" not in x:
             e = run.task.train[i]
-            row = lm.tokenizer(e.target or e.reference, add_special_tokens=False, verbose=False)["input_ids"]
+            text = e.demo if cfg.sft_target == "worked" else e.target or e.reference
+            row = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             # A solution that had to be cut does not end where it was cut: it gets no end token, or the student learns
             # to stop half way.
             x["answer"] = [*row, end] if len(row) < cfg.max_new_tokens else row[: cfg.max_new_tokens]
@@ -162,15 +210,17 @@ class Clock:
         self.seconds["s_" + name], self.then = round(now - self.then, 4), now
 
 
-def summarise(run: Run, t: Targets, values: list[dict], loss: float, norm: float, tally: dict) -> dict:
-    """One row of log.jsonl. Means are over the unmasked tokens of the whole step, on every rank; each key is explained in
-    the README.
+def summarise(
+    run: Run, batch: Batch, weights: Weights, ceiling, values: list[dict], loss: float, norm: float, tally: dict
+) -> dict:
+    """One row of log.jsonl. Means are over the unmasked tokens of the whole step, on every process; docs/run-folder.md explains
+    each key.
     """
-    m = t.batch.mask.bool()
-    tokens = {k: torch.cat([v[k] for v in values]) for k in values[0]} | {"weight": t.weights[m]}
-    if t.ceiling is not None:
-        tokens["clipped"] = tokens["div"] > t.ceiling
-    sequences = {"length": t.batch.mask.sum(1), "eos": metrics.ended(run.lm, t.batch.ids, t.batch.mask)}
+    m = batch.mask.bool()
+    tokens = {k: torch.cat([v[k] for v in values]) for k in values[0]} | {"weight": weights.reliability[m]}
+    if ceiling is not None:
+        tokens["clipped"] = tokens["div"] > ceiling
+    sequences = {"length": batch.mask.sum(1), "eos": metrics.ended(run.lm, batch.ids, batch.mask)}
     counted = {k: torch.tensor(float(v)) for k, v in tally.items()}
     sums = [m.sum(), torch.tensor(len(m)), *(v.sum() for v in (tokens | sequences | counted).values())]
     n, b, *sums = run.ranks.total(torch.stack([s.cpu().double() for s in sums])).tolist()
@@ -237,7 +287,7 @@ OTHERS_GONE = (
 
 
 def cli(argv: list[str] | None = None) -> int:
-    """`python train.py ...`: one clear line instead of a traceback for everything a user can mend. -> the exit code: 130 for
+    """`python train.py ...`: one clear line instead of a traceback for everything a user can fix. -> the exit code: 130 for
     a run that was stopped, so that what follows in a script does not take it for finished.
     """
     warnings.formatwarning = lambda message, *_, **__: f"train.py: {message}\n"

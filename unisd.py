@@ -1,30 +1,26 @@
-"""unisd.py - the method: several readings of one answer -> one scalar and its parts.
+"""unisd.py - the method: several readings of one answer become one scalar.
 
-What: a student wrote an answer. It is read again by the student (question alone), by the teacher (question +
-reference), by the teacher under K other contexts (agreement) and by the teacher who was given a wrong reference
-(contrast). UniSD (arXiv 2605.06597), eq. 1 and 9:
+A student wrote an answer. The same tokens are read again: by the student (question alone), by the teacher (question +
+reference), by the teacher under K other contexts (agreement), and by the teacher who was given a wrong reference (contrast).
+UniSD (arXiv 2605.06597), eq. 1 with the clip of eq. 9, over all unmasked tokens t of one optimizer step:
 
-    L = w_div sum_t c_t min(D_t, kappa)  +  sum_t a_t (w_contrast C_t + w_match F_t + w_nll N_t)
-    c_t = m_t w_t / sum m w     a_t = m_t / sum m     (sums over the whole optimizer step; w from agreement.py, and the
-                                                      other normalizer, too)
+    L = sum_t share_t * w_div * min(D_t, kappa)                            share_t       = m_t w_t / sum m w
+      + sum_t plain_share_t * (w_contrast C_t + w_match F_t + w_nll N_t)   plain_share_t = m_t / sum m
 
-D divergence, C contrast, F features (losses.py), N = -log p_student(y_t) for the cross-entropy baselines, m the
-completion mask. The coefficients are known before the first backward, so the gradient cannot depend on how a step is
-split into micro-batches.
+D divergence, C contrast, F features (losses.py), N = -log p_student(y_t) for the cross-entropy baselines; w reliability
+(agreement.py), m the completion mask. It exists because the method is *this sum*: every recipe of the paper's table is a
+setting of it, and everything else in the project only makes its inputs or makes it cheap.
 
-`ranks` is one run on several processes (parallel.py); in a single process its methods give back what they are given.
+Read in order: Mechanisms and RECIPES (what can be switched), Batch, read, score_teachers (who reads what), weigh (how far each
+token is trusted), objective (eq. 1). This file knows one process and whole tensors; engine/ calls the same functions on pieces
+of a step and on several processes, and tests hold the two equal.
 
-Not like the official code: the sampling temperature does not rescale the loss, each mechanism composes with every
-other, and what is off is not computed. How tokens become log-probabilities without a tensor of B*T*V is in reading.py.
-
-Depends on torch, losses.py, agreement.py, reading.py, parallel.py.   Try it:  python -m pytest tests/test_unisd.py -q
-Shapes: B sequences, T completion tokens, V vocabulary, H hidden size, K contexts; N = unmasked tokens, all sequences
-end to end.
+Depends on torch, losses.py, agreement.py.   Try it:  python unisd.py
+Shapes: B sequences, T completion tokens, V vocabulary, H hidden size, K contexts; N = the unmasked tokens of all B sequences,
+end to end; n = any piece of those N.
 """
 
-import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -32,14 +28,10 @@ from torch import Tensor, nn
 
 import agreement
 import losses
-from engine.parallel import ALONE, Alone, whole_layers
-from engine.reading import Head, Reading, each_token, head_of, sampled_logps, score, through_head
 
 
 def opt(default, help: str, choices: tuple = ()):
-    """A setting: its default, what --help says, and what it may be. Every setting of the project is declared through
-    this.
-    """
+    """A setting: its default, what --help says, and what it may be. Every setting of the project is declared through this."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
@@ -78,168 +70,218 @@ class Mechanisms:
         1.0, "divides both models' logits inside the divergence, the contrast and the cross-entropy"
     )
     agreement_temperature: float = opt(1.0, "divides the teacher's logits when the K contexts are compared")
-    agreement_budget: float = opt(
-        1.0, "score the contexts for this share of the sequences only, the least certain; the others keep weight 1"
-    )
-    uncertainty: str = opt(
-        "entropy",
-        "what makes a sequence uncertain: the teacher's entropy; its divergence from the student (one more student pass); "
-        "random, the control",
-        ("entropy", "divergence", "random"),
-    )
     log_entropy: bool = opt(True, "log the student's entropy; nothing is minimised by it")
-    chunk: int = opt(
-        0, "tokens per application of the vocabulary head; bounds memory, never changes the result (0 = by vocabulary)"
-    )
-    max_tokens_per_pass: int = opt(
-        16384, "token budget (rows x longest row) of one scoring pass; bounds memory, never changes the result"
-    )
 
     @property
     def uses_agreement(self) -> bool:
-        return self.agreement != "none" and bool(self.gamma and self.w_div and self.agreement_budget)
+        return self.agreement != "none" and bool(self.gamma and self.w_div)
 
     @property
     def uses_teacher(self) -> bool:
         return bool(self.w_div or self.w_contrast or self.w_match)
 
 
+# Each row of the paper's table, and each baseline, is what differs from plain on-policy self-distillation ("sd"). There is no
+# code behind a name: a recipe overrides settings of Mechanisms and of engine/config.py, and flags override the recipe.
+RECIPES: dict[str, dict] = {
+    # nothing is trained: the base alone, and the base with the reference in its prompt (the ceiling)
+    "raw": dict(steps=0, epochs=0.0),
+    "privileged": dict(steps=0, epochs=0.0, privileged=True),
+    # baselines
+    "sft": dict(on_policy=0.0, w_div=0.0, w_nll=1.0),
+    # the same on correct answers in the model's own style: what imitation can do without a change of style
+    "sft-worked": dict(on_policy=0.0, w_div=0.0, w_nll=1.0, sft_target="worked"),
+    "ssd": dict(sampler="base", temperature=1.2, w_div=0.0, w_nll=1.0),
+    # SDFT as its paper writes it; its released results used the forward KL, which is "sd"
+    "sdft": dict(divergence="reverse"),
+    "gkd": dict(divergence="jsd", alpha=0.5, on_policy=0.5),
+    "opsd": dict(teacher="live"),
+    # UniSD's rows; values are the paper's where it gives them
+    "sd": dict(),
+    "agree-token": dict(agreement="token"),
+    "agree-seq": dict(agreement="sequence"),
+    "ema": dict(teacher="ema"),
+    "contrast": dict(w_contrast=0.1),
+    "match": dict(w_match=0.1),
+    "match-repr": dict(w_div=0.0, w_match=1.0),
+    "clip": dict(clip=10.0),
+    "unisd-star": dict(teacher="ema", ema_decay=0.98, agreement="token", w_contrast=0.01, margin=0.1, w_match=0.01),
+}
+
+
+# --- what is read: one step's answers, under several prompts ---------------------------------------------------------
+
+
 @dataclass
 class Batch:
-    """One optimizer step's answers, and the prompts under which they are read. Prompts are lists of token ids, of any
-    lengths.
-    """
+    """One optimizer step's answers, and the prompts under which they are read. Prompts are lists of token ids, of any lengths."""
 
     student: list[list[int]]  # B prompts: the question alone
     teacher: list[list[int]]  # B prompts: question + reference
     negative: list[list[int]]  # B prompts: question + wrong reference   (may be empty when contrast is off)
-    contexts: list[list[list[int]]]  # K lists of B prompts                    (may be empty when agreement is off)
+    contexts: list[list[list[int]]]  # K lists of B prompts              (may be empty when agreement is off)
     ids: Tensor  # (B, T) the completions
-    mask: Tensor  # (B, T) 1 up to and including the first end-of-text token
+    mask: Tensor  # (B, T) 1 up to and including the first end-of-text token, 0 after it
+
+
+def read(model: nn.Module, prompts: list[list[int]], ids: Tensor, mask: Tensor) -> Tensor:
+    """The final-layer states that *predict* each unmasked completion token, row after row. Differentiable.
+
+    B prompts, (B, T), (B, T) -> (N, H)
+    """
+    lengths = mask.sum(1).tolist()  # the mask is 1 from a row's first token on, then 0: a length says it all
+    rows = [prompt + answer[:n] for prompt, answer, n in zip(prompts, ids.tolist(), lengths, strict=True)]
+    width = max(map(len, rows))
+    # Padded on the right, where a causal model cannot look: no attention mask and no position ids are needed, hence none can
+    # be wrong, and how much padding a batch has cannot change a result.
+    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=ids.device)
+    states = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state  # (B, width, H)
+    # The trap is a shift by one. Prompt [a b c], answer [y z]: the row is a b c y z, and the state at position 2 (over c) is
+    # the one that predicts y, the state at 3 (over y) predicts z. So answer token t sits at len(prompt) - 1 + t.
+    place = [(b, len(p) - 1 + t) for b, (p, n) in enumerate(zip(prompts, lengths, strict=True)) for t in range(n)]
+    row, column = torch.tensor(place, dtype=torch.long, device=ids.device).reshape(-1, 2).unbind(1)
+    return states[row, column]
 
 
 @dataclass
-class Targets:
-    """All that the teachers say about a step's answers, without gradient; computed once, before the student is touched."""
+class Reading:
+    """One named set of prompts under which the answers are read, and what is kept of each token."""
 
-    batch: Batch
-    weights: Tensor  # (B, T) reliability w in (0, 1]
-    hidden: Tensor | None = None  # (B, T, H) states of the teacher who saw the reference
-    head: Head | None = None  # that teacher's own head: an EMA teacher's differs from the student's
-    negative: Tensor | None = None  # (B, T) log-prob of y_t under the teacher who saw a wrong reference
-    c: Tensor | None = None  # (B, T) coefficient of the divergence
-    a: Tensor | None = None  # (B, T) coefficient of everything else
-    ceiling: float | Tensor | None = None  # where the divergence is clipped
-    now: Tensor | None = None  # (B, T) the divergence before the update, once something asked for it
+    name: str
+    prompts: list[list[int]]  # B prompts
+    temperature: float | None = None  # None: keep the state. A number: keep log p(y_t) at this temperature
+    rows: list[int] | None = None  # which of the B sequences are read (None = all)
 
-    def rows(self, b: slice) -> dict[str, Tensor | None]:
-        """The sequences `b`, as flat unmasked tokens: what unisd_loss takes."""
-        m = self.batch.mask[b].bool()
-        pick = lambda x: None if x is None else x[b][m]
-        return dict(
-            ids=pick(self.batch.ids),
-            teacher=pick(self.hidden),
-            negative=pick(self.negative),
-            c=pick(self.c),
-            a=pick(self.a),
-        )
+
+@dataclass
+class Scores:
+    """What the teachers say of a step's answers, without gradient. None = nobody asked."""
+
+    states: Tensor | None = (
+        None  # (N, H) of the teacher who saw the reference; its head turns them into log-probs later
+    )
+    negative: Tensor | None = None  # (B, T) log p(y_t) under the teacher who saw a wrong reference
+    contexts: Tensor | None = None  # (K, B, T) log p(y_t) under each of the K contexts
+
+
+def context_readings(batch: Batch, m: Mechanisms, rows: list[int] | None = None) -> list[Reading]:
+    """The K readings that agreement compares, of all sequences or of some `rows`."""
+    named = enumerate(batch.contexts)
+    return [Reading(f"context {k}", prompts, m.agreement_temperature, rows) for k, prompts in named]
 
 
 @torch.no_grad()
-def score_teachers(
-    model: nn.Module,
-    teacher: Callable[[], AbstractContextManager],
-    batch: Batch,
-    vocab: int,
-    m: Mechanisms,
-    ranks: Alone = ALONE,
-    tally: dict | None = None,
-) -> Targets:
-    """Let the teacher read the student's answers. `with teacher():` turns `model` into the teacher (frozen, EMA, or
-    itself).
+def score_teachers(read_all: Callable, batch: Batch, m: Mechanisms, with_contexts: bool = True) -> Scores:
+    """Let the teacher read the student's answers under every prompt that the settings need: the list of readings.
 
-    Runs *before* the student's own pass: applying the teacher swaps the student's weights in place. `ranks` are the
-    processes that share the step: what is a property of the whole step (quantile, denominator) is taken over all of them.
+    read_all(list of Reading) -> {name: Tensor} is `read_plainly` below, or engine/reading.py's, which packs all rows into few
+    passes. Call it while the model *is* the teacher (`with run.teacher():`), and before the student's own pass.
+    """
+    readings, contexts = [], []
+    if m.uses_teacher:
+        # Its whole distribution is needed, but V numbers a token are too many to keep (V = 151,936 and 2,000 tokens: 1.2 GB).
+        # So its *state* is kept (H = 896 numbers a token), and the head makes log-probabilities of it when they are wanted.
+        readings.append(Reading("teacher", batch.teacher))
+    if m.w_contrast:
+        # One number a token is enough: the contrast looks at nothing but the token that was written.
+        readings.append(Reading("negative", batch.negative, m.distill_temperature))
+    if m.uses_agreement and with_contexts:
+        contexts = context_readings(batch, m)
+    kept = read_all(readings + contexts)
+    stacked = torch.stack([kept[reading.name] for reading in contexts]) if contexts else None
+    return Scores(kept.get("teacher"), kept.get("negative"), stacked)
+
+
+def read_plainly(model: nn.Module, head: Callable, batch: Batch) -> Callable:
+    """The obvious reader: one forward pass a reading, whole log-probabilities. -> read_all for `score_teachers`
+
+    head(states (n, H), temperature) -> log-probs (n, V). Fine for a notebook; its (N, V) is what engine/reading.py avoids.
+    """
+
+    def read_all(readings: list[Reading]) -> dict[str, Tensor]:
+        kept = {}
+        for reading in readings:
+            mask = batch.mask.clone()
+            if reading.rows is not None:  # the other sequences count as empty
+                mask[[b for b in range(len(mask)) if b not in reading.rows]] = 0
+            states = read(model, reading.prompts, batch.ids, mask)  # (N, H)
+            if reading.temperature is None:
+                kept[reading.name] = states
+            else:
+                written = losses.token_logps(head(states, reading.temperature), batch.ids[mask.bool()])  # (N,)
+                kept[reading.name] = written.new_zeros(mask.shape).masked_scatter(mask.bool(), written)  # (B, T)
+        return kept
+
+    return read_all
+
+
+# --- how far each token is trusted: properties of the whole step -----------------------------------------------------
+
+
+@dataclass
+class Weights:
+    """Three numbers for each token, (B, T) each, all known before the first backward."""
+
+    reliability: Tensor  # w in (0, 1], eq. 2; 1 where agreement is off
+    share: Tensor  # m w / sum m w: its part of the divergence
+    plain_share: Tensor  # m / sum m: its part of everything else
+
+
+@torch.no_grad()
+def weigh(mask: Tensor, m: Mechanisms, contexts=None, compared=None, dtype=torch.float32) -> Weights:
+    """Eq. 2, then the denominators of eq. 1. contexts None: nothing was compared, and every w is 1, in `dtype`.
+
+    mask (B, T), contexts (K, B, T) -> (B, T) each
+    compared (B, T): the tokens that the contexts did read, where these are fewer; the others keep w = 1.
+    Everything here is taken over the *whole optimizer step*: the quantile that scales w, and both denominators. A micro-batch
+    that divided by its own tokens would give a step of 10 + 1000 tokens, cut in two, ten tokens with half of the say.
     Raises ValueError if every token is masked, or for K = 1 with variance.
     """
-    wide = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-    everyone = list(range(len(batch.mask)))
-    t = Targets(batch, weights=torch.ones(batch.mask.shape, dtype=wide, device=batch.mask.device))
-    t.ceiling = m.clip if m.clip and m.w_div else None
-    logp = lambda tau: lambda h, ids: sampled_logps(h, ids, t.head, tau, m.chunk)
-    if m.uses_teacher:
-        # One stream of passes where all of it is wanted; otherwise the contexts wait for what the first pass says.
-        at_once = m.uses_agreement and m.agreement_budget >= 1
-        readings = [Reading(batch.teacher, lambda h, ids: h, everyone)]
-        if m.w_contrast:
-            readings.append(Reading(batch.negative, logp(m.distill_temperature), everyone))
-        contexts = lambda rows: [Reading(c, logp(m.agreement_temperature), rows) for c in batch.contexts]
-        with teacher():
-            # Detached, the head keeps pointing at the teacher's weights after the student's are back in the model.
-            t.head = head_of(model, vocab).detach()
-            scores = score(
-                model,
-                readings + (contexts(everyone) if at_once else []),
-                batch.ids,
-                batch.mask,
-                m.max_tokens_per_pass,
-                tally,
-            )
-        t.hidden = scores[0]
-        t.negative = scores[1] if m.w_contrast else None
-        if at_once:
-            t.weights = reliability(torch.stack(scores[len(readings) :]), batch.mask, m, ranks)
-        elif m.uses_agreement:
-            some = least_certain(model, t, vocab, m, ranks, tally)
-            with teacher():
-                scores = score(model, contexts(some), batch.ids, batch.mask, m.max_tokens_per_pass, tally)
-            scored = torch.zeros_like(batch.mask)
-            scored[some] = batch.mask[some]
-            t.weights = reliability(torch.stack(scores), scored, m, ranks)
-    mask, ones = ranks.gather(batch.mask), ranks.gather(torch.ones_like(t.weights))
-    t.c = ranks.mine(agreement.coefficients(mask, ranks.gather(t.weights), m.normalizer), batch.mask)
-    t.a = ranks.mine(agreement.coefficients(mask, ones, m.normalizer), batch.mask)
-    return t
+    ones = torch.ones(mask.shape, dtype=dtype if contexts is None else contexts.dtype, device=mask.device)
+    w = ones if contexts is None else reliability(contexts, mask if compared is None else compared, m)
+    return Weights(w, *(agreement.coefficients(mask, x, m.normalizer) for x in (w, ones)))
 
 
-def least_certain(
-    model: nn.Module, t: Targets, vocab: int, m: Mechanisms, ranks: Alone = ALONE, tally: dict | None = None
-) -> list[int]:
-    """The sequences whose contexts are worth their passes: the most uncertain share `agreement_budget` of the whole step,
-    rounded up. -> row numbers, ascending.
+def reliability(contexts: Tensor, mask: Tensor, m: Mechanisms) -> Tensor:
+    """Eq. 2: K readings of the written tokens -> w, 1 on masked tokens.
 
-    Uncertainty of a sequence: the mean over its tokens of the teacher's entropy, or of the divergence from the student.
+    (K, B, T), (B, T) -> (B, T)
     """
-    mask = t.batch.mask
-    if m.uncertainty == "random":
-        # The seed is the step's own answers: the same at every resume, and however many processes share the step.
-        seed = torch.Generator().manual_seed(int(ranks.total((t.batch.ids * mask).sum())))
-        n = len(mask) * ranks.size
-        each = torch.rand(n, generator=seed)[ranks.share(n)].to(mask.device)
-    else:
-        flat = (
-            each_token(t.hidden[mask.bool()], t.head, m.distill_temperature, m.chunk, lambda p, s: losses.entropy(p))
-            if m.uncertainty == "entropy"
-            else divergence_now(model, t, vocab, m, tally)[mask.bool()]
-        )
-        each = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask.bool(), flat.float())
-        each = each.sum(1) / mask.sum(1).clamp(min=1)
-    everyone = ranks.gather(each)
-    chosen = torch.zeros_like(everyone)
-    chosen[everyone.topk(math.ceil(m.agreement_budget * len(everyone))).indices] = 1
-    return ranks.mine(chosen, each).nonzero().squeeze(1).tolist()
-
-
-def reliability(readings: Tensor, mask: Tensor, m: Mechanisms, ranks: Alone = ALONE) -> Tensor:
-    """Eq. 2: K readings of the sampled tokens' log-probs -> weights; masked tokens' count nowhere. (K, B, T), (B, T) -> (B, T)."""
-    delta = agreement.disagreement(readings, mask, m.agreement, m.stat)
+    delta = agreement.disagreement(contexts, mask, m.agreement, m.stat)
     if m.agreement == "token":
-        return ranks.mine(agreement.token_weights(ranks.gather(delta), ranks.gather(mask), m.gamma), mask)
+        return agreement.token_weights(delta, mask, m.gamma)
     return agreement.sequence_weights(delta, m.gamma).unsqueeze(1).expand_as(mask)
 
 
+# --- the objective ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tokens:
+    """What is known of each of n tokens before the student reads them. `tokens[3:7]` is the same for four of them."""
+
+    ids: Tensor  # (n,) y_t, the token that was written
+    share: Tensor  # (n,) its part of the divergence
+    plain_share: Tensor  # (n,) its part of everything else
+    negative: Tensor | None = None  # (n,) log p(y_t) under the teacher who saw a wrong reference
+    ceiling: float | Tensor | None = None  # kappa of eq. 9, in nats: one for all tokens
+
+    def __getitem__(self, piece: slice) -> "Tokens":
+        negative = None if self.negative is None else self.negative[piece]
+        return Tokens(self.ids[piece], self.share[piece], self.plain_share[piece], negative, self.ceiling)
+
+
+def tokens_of(batch: Batch, scores: Scores, weights: Weights, ceiling: float | Tensor | None = None) -> Tokens:
+    """The unmasked tokens of a step, end to end. -> Tokens of N."""
+    flat = lambda x: None if x is None else x[batch.mask.bool()]
+    return Tokens(flat(batch.ids), flat(weights.share), flat(weights.plain_share), flat(scores.negative), ceiling)
+
+
 def divergence(student: Tensor, teacher: Tensor, ids: Tensor, m: Mechanisms) -> Tensor:
-    """The chosen D, over the whole vocabulary or estimated. (n, V), (n, V), (n,) -> (n,)."""
+    """The chosen D of each token, over the whole vocabulary or estimated.
+
+    (n, V), (n, V), (n,) -> (n,)
+    """
     if m.estimator == "sampled":
         return losses.sampled_reverse_kl(losses.token_logps(student, ids), losses.token_logps(teacher, ids))
     if m.estimator == "top-k":
@@ -249,67 +291,66 @@ def divergence(student: Tensor, teacher: Tensor, ids: Tensor, m: Mechanisms) -> 
     return {"forward": losses.forward_kl, "reverse": losses.reverse_kl}[m.divergence](student, teacher)
 
 
-def unisd_loss(
-    student: Tensor,
-    head: Head,
-    t: dict,
-    teacher_head: Head | None,
-    m: Mechanisms,
-    ceiling: float | Tensor | None = None,
-) -> tuple[Tensor, dict]:
-    """Eq. 1 over N tokens. -> (loss (), per-token values {name: (N,)} without gradient, for the log).
+def objective(student: Tensor, teacher: Tensor | None, tokens: Tokens, m: Mechanisms) -> tuple[Tensor, dict]:
+    """Eq. 1 for n tokens, as it is written in the paper. -> (loss (), {name: (n,)} without gradient, for the log)
 
-    student (N, H) with gradient; t = Targets.rows(...): ids (N,), teacher (N, H), negative (N,), c (N,), a (N,), what
-    is not needed is None. With an identity head this is the same function on logits. Sums over micro-batches of a step
-    add up to the step's loss and gradient.
+    student (n, V), teacher (n, V) or None: log-probabilities at the distill temperature; only the student carries a gradient.
+    It is a *sum* of terms that already hold their share of the step. So the losses, and gradients, of any pieces of a step add
+    up to the step's: the trainer calls this for a few tokens at a time (engine/head.py), a notebook for all at once.
     """
-
-    beside = (t["teacher"], teacher_head.ready(student)) if m.w_div or m.w_contrast else None
-
-    def terms(logits: Tensor, others: Tensor | None, s: slice) -> tuple[Tensor, dict]:
-        logps = head.logps(logits, m.distill_temperature)  # (n, V)
-        chosen = losses.token_logps(logps, t["ids"][s])  # (n,)
-        total, out = logps.new_zeros(()), {}
-        if beside:
-            with torch.no_grad():
-                teacher = beside[1].logps(others, m.distill_temperature)
-        if m.w_div:
-            out["div"] = divergence(logps, teacher, t["ids"][s], m)
-            total = total + m.w_div * (t["c"][s] * losses.clip_tokens(out["div"], ceiling)).sum()
-        if m.w_contrast:
-            positive = losses.token_logps(teacher, t["ids"][s])
-            out["contrast"] = losses.contrastive(chosen, positive, t["negative"][s], m.margin)
-            total = total + m.w_contrast * (t["a"][s] * out["contrast"]).sum()
-        if m.w_nll:
-            total = total - m.w_nll * (t["a"][s] * chosen).sum()
-        out["nll"] = -chosen
-        if m.log_entropy:
-            out["entropy"] = losses.entropy(logps.detach())
-        return total, {k: v.detach() for k, v in out.items()}
-
-    loss, values = student.new_zeros((), dtype=torch.promote_types(student.dtype, torch.float32)), {}
-    if beside or m.w_nll:
-        loss, values = through_head(student, head, terms, m.chunk, beside)
-    if m.w_match:
-        values["match"] = losses.feature_mse(student, t["teacher"])
-        loss = loss + m.w_match * (t["a"] * values["match"]).sum()
-    return loss, {k: v.detach() for k, v in values.items()}
+    written = losses.token_logps(student, tokens.ids)  # (n,) log p_student(y_t)
+    loss, values = student.new_zeros(()), {}
+    if m.w_div:
+        values["div"] = divergence(student, teacher, tokens.ids, m)
+        # First the clip, then the weight: kappa bounds what one token can say, w how much it counts (eq. 9).
+        loss = loss + m.w_div * (tokens.share * losses.clip_tokens(values["div"], tokens.ceiling)).sum()
+    if m.w_contrast:
+        positive = losses.token_logps(teacher, tokens.ids)
+        values["contrast"] = losses.contrastive(written, positive, tokens.negative, m.margin)
+        loss = loss + m.w_contrast * (tokens.plain_share * values["contrast"]).sum()
+    if m.w_nll:
+        loss = loss - m.w_nll * (tokens.plain_share * written).sum()
+    values["nll"] = -written
+    if m.log_entropy:
+        values["entropy"] = losses.entropy(student.detach())
+    return loss, {name: value.detach() for name, value in values.items()}
 
 
-@torch.no_grad()
-def divergence_now(model: nn.Module, t: Targets, vocab: int, m: Mechanisms, tally: dict | None = None) -> Tensor:
-    """Every token's divergence before the update, for a ceiling at its quantile and for `uncertainty`: one more pass of
-    the student. -> (B, T).
+def feature_matching(student: Tensor, teacher: Tensor, tokens: Tokens, m: Mechanisms) -> tuple[Tensor, dict]:
+    """Eq. 6 for n tokens: the part of eq. 1 that looks at states instead of log-probabilities. -> as `objective`
+
+    (n, H), (n, H) -> (), {"match": (n,)}
     """
-    if t.now is not None:
-        return t.now
-    mask, everyone = t.batch.mask.bool(), list(range(len(t.batch.mask)))
-    student = [Reading(t.batch.student, lambda h, ids: h, everyone)]
-    with whole_layers(model):
-        (states,) = score(model, student, t.batch.ids, t.batch.mask, m.max_tokens_per_pass, tally)
-    hidden, ids, speaker, tau = t.hidden[mask], t.batch.ids[mask], t.head.ready(states), m.distill_temperature
-    teacher = lambda s: speaker.logps(speaker.logits(hidden[s]), tau)
-    against = lambda logps, s: divergence(logps, teacher(s), ids[s], m)
-    flat = each_token(states[mask], head_of(model, vocab), tau, m.chunk, against)
-    t.now = torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
-    return t.now
+    distance = losses.feature_mse(student, teacher)
+    return m.w_match * (tokens.plain_share * distance).sum(), {"match": distance.detach()}
+
+
+def example() -> None:
+    """One answer of three tokens through the whole objective, with four words for a vocabulary."""
+    words, log = ["4", "2", "7", "end"], lambda probabilities: torch.tensor(probabilities).log()
+    logits = log([[0.4, 0.2, 0.3, 0.1], [0.1, 0.5, 0.2, 0.2], [0.1, 0.1, 0.1, 0.7]]).requires_grad_()
+    teacher = log([[0.8, 0.1, 0.05, 0.05], [0.1, 0.7, 0.1, 0.1], [0.1, 0.1, 0.1, 0.7]])
+    contexts = log([[[0.8, 0.6, 0.7]], [[0.7, 0.1, 0.7]]])  # (K, B, T) = (2, 1, 3): log p of the written tokens
+    batch = Batch([[0]], [[0]], [[0]], [[[0]], [[0]]], ids=torch.tensor([[0, 1, 3]]), mask=torch.ones(1, 3))
+    m = Mechanisms(agreement="token", gamma=1.0, stat="range", clip=0.3, w_contrast=0.1, margin=0.5)
+    weights = weigh(batch.mask, m, contexts)
+    tokens = tokens_of(batch, Scores(negative=log([[0.3, 0.1, 0.7]])), weights, m.clip)
+    loss, values = objective(logits.log_softmax(-1), teacher, tokens, m)
+    (push,) = torch.autograd.grad(loss, logits)
+    print("written  p student  p teacher       D  min(D, .3)     w   share       C  gradient of its logit")
+    for t, y in enumerate(tokens.ids.tolist()):
+        d = values["div"][t].item()
+        print(
+            f"{words[y]:<7}{logits[t, y].exp().item():11.2f}{teacher[t, y].exp():11.2f}{d:8.4f}{min(d, m.clip):12.4f}"
+            f"{weights.reliability[0, t]:6.2f}{tokens.share[t]:8.4f}{values['contrast'][t]:8.4f}{push[t, y]:23.4f}"
+        )
+    div, contrast = (tokens.share * values["div"].clamp(max=m.clip)).sum(), values["contrast"].mean()
+    print(f"loss {loss.item():.4f} = sum of share * min(D, .3) {div:.4f} + 0.1 * mean C {contrast:.4f}")
+    print(
+        "Notice: the clip silences D on the first token, so only the contrast pushes it; the second counts half, as the contexts"
+    )
+    print("disagree about it; on the third all readings are equal: C is the bare margin, and nothing pushes.")
+
+
+if __name__ == "__main__":
+    example()

@@ -1,8 +1,8 @@
 """build.py - put a run together: device, model, data, teacher, optimizer, and the processes that share it.
 
-What: `start` turns a Config into a Run, all that train.py's loop needs, and refuses what cannot work before anything
-long begins. Order matters in one place: LoRA, sharding, then the copies that the teachers are made of, then the
-optimizer, because each holds on to the parameters that it finds.
+`start` turns a Config into a Run, all that train.py's loop needs, and refuses what cannot work before anything long begins.
+Order matters in one place: LoRA, sharding, then the copies that the teachers are made of, then the optimizer, because each
+holds on to the parameters that it finds.
 
 Depends on most other files.   Try it:  python -m pytest tests/test_train.py -q
 """
@@ -16,11 +16,24 @@ import torch
 from ema import EMA, half_life
 from engine import checkpoint, contexts, metrics, parallel, plan
 from engine.config import DEPARTURES, Config
+from engine.head import check_head
 from engine.parallel import ALONE, Alone, whole_layers
-from engine.reading import check_head
 from engine.rollout import Loaded, choose_device, load
-from tasks import benchmarks, jsonl, world
+from tasks import catalog, jsonl
 from tasks.data import Task, chat_ids
+
+
+class AdapterOff:
+    """The frozen teacher under LoRA costs no copy: the base is still there, one only has to switch the adapter off."""
+
+    def __init__(self, adapter):
+        self.adapter = adapter  # peft's wrapper around the model
+
+    @contextmanager
+    def applied_to(self, model):
+        """`with off.applied_to(model):` the model is the base as it was. The same interface as ema.EMA's."""
+        with self.adapter.disable_adapter():
+            yield model
 
 
 @dataclass
@@ -32,7 +45,8 @@ class Run:
     task: Task
     optimizer: torch.optim.Optimizer
     average: EMA | None  # the EMA teacher
-    frozen: EMA | Loaded | None  # the model as it was: an average never updated, or the adapter switched off; not saved
+    frozen: EMA | AdapterOff | None  # the model as it was: an average that is never updated, or no adapter; not saved
+    scaler: torch.amp.GradScaler  # scales the loss under fp16; elsewhere it is switched off and does nothing
     step: int = 0
     prompts: dict = field(default_factory=dict)  # example index -> its prompts' token ids, made once
     usable: list = field(default_factory=list)  # the training examples that fit; a step draws from these
@@ -41,24 +55,30 @@ class Run:
     @contextmanager
     def teacher(self):
         """`with run.teacher():` the model is the teacher."""
+        if not self.cfg.uses_teacher:
+            yield self.lm.model
+            return
         shadow = {"ema": self.average, "frozen": self.frozen, "live": None}[self.cfg.teacher]
         with shadow.applied_to(self.lm.model) if shadow else nullcontext(), whole_layers(self.lm.model):
             yield self.lm.model
 
+    def loss_scale(self) -> float:
+        """What the loss is multiplied with before the backward: 65,536 at first under fp16, else 1."""
+        return self.scaler.scale(torch.ones((), device=self.lm.device)).item()
 
-def load_task(cfg: Config) -> tuple[Task, dict]:
-    """The tiny world, a benchmark, or a file of the user's -> (Task, what was kept and dropped)."""
-    if cfg.data == "tiny":
-        return world.load(cfg.train_size, cfg.eval_size, cfg.wrong_references, cfg.seed), {}
-    if cfg.wrong_references:
-        raise ValueError("--wrong-references works in the tiny world only; set it to 0, or use --data tiny")
-    if jsonl.is_file(cfg.data):
-        return jsonl.load_jsonl(cfg.data, train_size=cfg.train_size, test_size=cfg.eval_size, seed=cfg.seed)
-    size = None if cfg.steps == cfg.epochs == 0 else cfg.train_size  # only evaluating: training data is not even read
-    # Negatives are made whether the recipe needs them or not: the data and its fingerprint are the same for every
-    # recipe.
-    negatives = size is not None
-    return benchmarks.load_task(cfg.data, train_size=size, test_size=cfg.eval_size, seed=cfg.seed, negatives=negatives)
+    def may_overflow(self) -> bool:
+        """Is an infinite gradient norm an ordinary overflow of fp16? Not once the scale has been halved below 1."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+
+
+def task_of(cfg: Config) -> tuple[Task, dict]:
+    """The data that a run asks for -> (Task, what was kept and dropped)."""
+    here = cfg.data == "tiny" or jsonl.is_file(cfg.data)
+    # Where nothing is trained, a hub's training data is not even downloaded.
+    train = cfg.train_size if here or cfg.steps or cfg.epochs else None
+    return catalog.load_task(
+        cfg.data, train_size=train, test_size=cfg.eval_size, wrong_references=cfg.wrong_references, seed=cfg.seed
+    )
 
 
 def place(cfg: Config) -> tuple[torch.device, Alone]:
@@ -87,7 +107,7 @@ def assemble(cfg: Config, lm: Loaded, task: Task | None, ranks: Alone = ALONE) -
         parallel.shard(model, bf16=cfg.dtype == "bf16")
     frozen = None
     if cfg.uses_base:
-        frozen = lm if lm.adapter else EMA(model, 1.0)  # with an adapter the base is still there: switch it off
+        frozen = AdapterOff(lm.adapter) if lm.adapter else EMA(model, 1.0)
     average = EMA(model, cfg.ema_decay) if cfg.uses_average else None
     if cfg.grad_checkpointing:
         # Its name since transformers 5.23, where the old one warns.
@@ -100,7 +120,8 @@ def assemble(cfg: Config, lm: Loaded, task: Task | None, ranks: Alone = ALONE) -
     groups = [{"params": g} for g in groups if g]
     fused = lm.device.type == "cuda"
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
-    return Run(cfg, lm, task, optimizer, average, frozen, ranks=ranks)
+    scaler = torch.amp.GradScaler(lm.device.type, enabled=cfg.dtype == "fp16")
+    return Run(cfg, lm, task, optimizer, average, frozen, scaler, ranks=ranks)
 
 
 def start(cfg: Config, out: Path) -> Run:
@@ -111,16 +132,17 @@ def start(cfg: Config, out: Path) -> Run:
         print("official settings, except:\n  - " + "\n  - ".join(DEPARTURES))
     found = None
     if jsonl.is_file(cfg.data):  # before the model, which takes longer: in one's own file mistakes are likeliest
-        found = load_task(cfg)
+        found = task_of(cfg)
         print(jsonl.in_short(found[1]))
         if cfg.resume:
             checkpoint.check_data(out, found[1])
-    # Under LoRA nothing of the base is trained: it may lie in bf16. What is trained is always fp32.
-    lm = load(cfg.model, device, torch.bfloat16 if cfg.lora_rank and cfg.dtype == "bf16" else torch.float32)
+    # Under LoRA nothing of the base is trained: it may lie in bf16 or fp16. What is trained is always fp32.
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.dtype) if cfg.lora_rank else None
+    lm = load(cfg.model, device, half or torch.float32)
     lm.merge()
-    lm.dtype, lm.sample_batch, lm.engine, lm.ranks = cfg.dtype, cfg.sample_batch, cfg.engine, ranks
+    lm.dtype, lm.sample_batch, lm.ranks = cfg.dtype, cfg.sample_batch, ranks
     lm.train_text_only()
-    task, manifest = found or load_task(cfg)
+    task, manifest = found or task_of(cfg)
     model = lm.model
     check_head(model, lm.vocab, chat_ids(lm.tokenizer, "1 + 1"))
     room = lm.context - cfg.max_new_tokens
@@ -133,6 +155,10 @@ def start(cfg: Config, out: Path) -> Run:
     if not task.test:
         raise ValueError("no held-out question fits: lower --max-new-tokens, or give shorter ones")
     cfg.steps = plan.steps_of(cfg, len(task.train))
+    if cfg.sft_target == "worked" and not all(e.demo for e in task.train):
+        raise ValueError(
+            f"--sft-target worked: {task.name} has no worked answers beside its references; use --sft-target reference"
+        )
     print(
         f"model {lm.name} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters) | "
         f"data {task.name} ({len(task.train)} questions, {task.fingerprint()}) | {cfg.steps} steps of {cfg.batch}"

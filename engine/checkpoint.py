@@ -189,6 +189,7 @@ def state_of(run) -> dict:
         "step": run.step,
         "optimizer": {n: moments(p) for n, p in trained.items() if p in run.optimizer.state},
         "ema": average,
+        "scaler": run.scaler.state_dict(),
         "factors": {n: p.data for n, p in trained.items()} if run.lm.adapter else {},
         "rng": run.ranks.objects(rng),
     }
@@ -223,6 +224,7 @@ def restore(run) -> None:
         if run.average:
             shadow = {n: parallel.like(t, run.average.shadow[n]) for n, t in state["ema"]["shadow"].items()}
             run.average.load_state_dict(state["ema"] | {"shadow": shadow})
+        run.scaler.load_state_dict(state["scaler"])
         run.step = state["step"]
         if len(state["rng"]) == run.ranks.size:  # else: other ranks than before have other random states (dropout)
             set_random(state["rng"][run.ranks.rank], run.lm.device)

@@ -1,16 +1,14 @@
 """config.py - every setting, once: this dataclass is the command line, the record in a checkpoint and the
 documentation.
 
-What: `Config` adds to unisd.Mechanisms all that a run needs. `RECIPES` are the rows of the paper's table and the
-baselines, each a few overrides of it: there is no code behind a recipe's name, so mechanisms compose by flags on any of
-them:
+`Config` adds to unisd.Mechanisms all that a run needs. unisd.RECIPES are a few overrides of it each: there is no code behind
+a recipe's name, so mechanisms compose by flags on any of them:
 
     python train.py --recipe ema --clip 2.0
 
 Order of precedence: the dataclass < PRESETS (what the model needs) < RECIPES < PRESET_RECIPES < flags given by hand.
-Not like the official code: one layer of defaults instead of four, no flag that is parsed and then ignored, and settings
-that contradict each other or can have no effect are refused, or warned about, by name and with the fix, before anything
-is loaded.
+It exists so that a setting has one default, one help text and one record; what contradicts itself or can have no effect is
+refused, or warned about, by name and with the fix, before anything is loaded.
 
 Depends on unisd.py (for Mechanisms).   Try it:  python train.py --help
 """
@@ -23,30 +21,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from losses import LN2
-from unisd import Mechanisms, opt
-
-# Each row is what differs from plain on-policy self-distillation ("sd"). Values are the paper's where it gives them.
-RECIPES: dict[str, dict] = {
-    "raw": dict(steps=0, epochs=0.0),
-    "privileged": dict(steps=0, epochs=0.0, privileged=True),
-    # baselines
-    "sft": dict(on_policy=0.0, w_div=0.0, w_nll=1.0),
-    "ssd": dict(sampler="base", temperature=1.2, w_div=0.0, w_nll=1.0),
-    # SDFT as its paper writes it; its released results used the forward KL, which is "sd"
-    "sdft": dict(divergence="reverse"),
-    "gkd": dict(divergence="jsd", alpha=0.5, on_policy=0.5),
-    "opsd": dict(teacher="live"),
-    # UniSD's rows
-    "sd": dict(),
-    "agree-token": dict(agreement="token"),
-    "agree-seq": dict(agreement="sequence"),
-    "ema": dict(teacher="ema"),
-    "contrast": dict(w_contrast=0.1),
-    "match": dict(w_match=0.1),
-    "match-repr": dict(w_div=0.0, w_match=1.0),
-    "clip": dict(clip=10.0),
-    "unisd-star": dict(teacher="ema", ema_decay=0.98, agreement="token", w_contrast=0.01, margin=0.1, w_match=0.01),
-}
+from unisd import RECIPES, Mechanisms, opt
 
 # What a model of this size needs, whatever the recipe. "auto" takes tiny for --model tiny and real for everything else.
 OFFICIAL = dict(data="scienceqa", steps=0, epochs=1.0, train_size=0, batch=64, lr=2e-5)
@@ -105,6 +80,15 @@ class Config(Mechanisms):
     ema_decay: float = opt(0.9, "share of the old teacher kept at each update")
     ema_every: int = opt(10, "optimizer steps between two EMA updates")
     contexts: int = opt(3, "K: how many contexts the agreement compares")
+    agreement_budget: float = opt(
+        1.0, "score the contexts for this share of the sequences only, the least certain; the others keep weight 1"
+    )
+    uncertainty: str = opt(
+        "entropy",
+        "what makes a sequence uncertain: the teacher's entropy; its divergence from the student (one more student pass); "
+        "random, the control",
+        ("entropy", "divergence", "random"),
+    )
     demos: int = opt(1, "solved examples in each context")
     context_kind: str = opt(
         "random", "what a context shows: random or similar solved examples, or an induced instruction", CONTEXT_KINDS
@@ -116,6 +100,11 @@ class Config(Mechanisms):
     on_policy: float = opt(
         1.0, "share of the steps trained on the student's own answers; the others use the references"
     )
+    sft_target: str = opt(
+        "reference",
+        "what the other steps imitate: the reference, or a correct worked answer in the model's own style (tiny world)",
+        ("reference", "worked"),
+    )
     sampler: str = opt("student", "who writes the answers: the student, or the frozen base model", ("student", "base"))
     temperature: float = opt(0.7, "sampling temperature; has no effect on the loss")
     max_new_tokens: int = opt(1024, "longest answer")
@@ -126,7 +115,12 @@ class Config(Mechanisms):
     batch: int = opt(64, "prompts per optimizer step")
     micro_batch: int = opt(4, "sequences per forward and backward; bounds memory, never changes the result")
     sample_batch: int = opt(64, "prompts sampled together; need not be the micro-batch")
-    engine: str = opt("compact", "how answers are sampled, see sampling.py", ("compact", "static", "continuous"))
+    chunk: int = opt(
+        0, "tokens per application of the vocabulary head; bounds memory, never changes the result (0 = by vocabulary)"
+    )
+    max_tokens_per_pass: int = opt(
+        16384, "token budget (rows x longest row) of one scoring pass; bounds memory, never changes the result"
+    )
     lr: float = opt(2e-5, "peak learning rate, AdamW")
     warmup: float = opt(0.1, "share of the steps with a rising learning rate; then cosine to 0")
     weight_decay: float = opt(0.0, "AdamW weight decay")
@@ -136,8 +130,12 @@ class Config(Mechanisms):
     lora_dropout: float = opt(0.0, "dropout before the LoRA factors")
     grad_checkpointing: bool = opt(False, "recompute activations in the backward: less memory, about a third more time")
     shard: bool = opt(False, "divide weights, optimizer and EMA among the processes of torchrun (FSDP2)")
-    device: str = opt("auto", "auto, cpu, cuda, cuda:1")
-    dtype: str = opt("auto", "matmul precision; weights and optimizer stay fp32", ("auto", "fp32", "bf16"))
+    device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps (auto never picks mps)")
+    dtype: str = opt(
+        "auto",
+        "matmul precision; weights and optimizer stay fp32; fp16 scales the loss",
+        ("auto", "fp32", "bf16", "fp16"),
+    )
     # --- data
     wrong_references: float = opt(0.0, "tiny world: share of training questions whose reference is wrong")
     train_size: int = opt(4000, "number of training questions (0 = all that a data set has)")
@@ -151,6 +149,10 @@ class Config(Mechanisms):
     )
     sample_every: int = opt(40, "steps between two printed samples (0 = never)")
     save_every: int = opt(60, "steps between two checkpoints (0 = only at the end)")
+
+    @property
+    def uses_agreement(self) -> bool:
+        return super().uses_agreement and bool(self.agreement_budget)
 
     @property
     def uses_base(self) -> bool:

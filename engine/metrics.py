@@ -26,10 +26,12 @@ import torch
 from torch import Tensor
 
 import losses
+from engine.head import chunks, each_token, head_of, sampled_logps
 from engine.parallel import whole_layers
-from engine.reading import chunks, head_of, passes, read, sampled_logps
+from engine.reading import passes
 from engine.rollout import Loaded, decode, generate, right_pad, turn_end
 from tasks.data import Example, Task, chat_ids, fit_prompt, teacher_message
+from unisd import read
 
 
 def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -124,9 +126,9 @@ def answers(lm: Loaded, prompts: list[list[int]], limit: int, cache: Path | None
         with whole_layers(lm.model):
             ids, mask = generate(lm, prompts if few else prompts[lm.ranks.share(len(prompts))], limit, temperature=0.0)
         return (ids, mask) if few else (lm.ranks.gather(ids), lm.ranks.gather(mask))
-    key = hashlib.sha256(
-        repr((fingerprint(lm), prompts, limit, 0.0, lm.eos, lm.vocab, lm.dtype, lm.engine)).encode()
-    ).hexdigest()[:24]
+    key = hashlib.sha256(repr((fingerprint(lm), prompts, limit, 0.0, lm.eos, lm.vocab, lm.dtype)).encode()).hexdigest()[
+        :24
+    ]
     file = cache / f"{key}.pt"
     if file.exists():
         ids, mask = torch.load(file, map_location=lm.device, weights_only=True)
@@ -209,10 +211,8 @@ def mean_entropy(lm: Loaded, prompts: list[list[int]], ids: Tensor, mask: Tensor
     for rows in groups(prompts, mask):
         with lm.autocast():
             states = read(lm.model, [prompts[i] for i in rows], ids[rows], mask[rows])
-        head = head_of(lm.model, lm.vocab).ready(states)
-        total += sum(
-            losses.entropy(head.logps(head.logits(states[s]), 1.0)).sum().item() for s in chunks(len(states), CHUNK)
-        )
+        entropies = each_token(states, head_of(lm.model, lm.vocab), 1.0, CHUNK, lambda logps, _: losses.entropy(logps))
+        total += entropies.sum().item()
     return total / mask.sum().item()
 
 

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ema import half_life
 from engine import parallel
 from engine.config import Config
-from engine.reading import tokens_per_chunk
+from engine.head import tokens_per_chunk
 from engine.rollout import SHORT, choose_device
 from tasks import jsonl
 
