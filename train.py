@@ -137,9 +137,7 @@ def weigh_step(
     weights = Weights(**{name: ranks.mine(x, batch.mask) for name, x in vars(whole).items()})
     if not cfg.w_div:
         return weights, None
-    return weights, quantile_ceiling(
-        ranks.gather(before), mask, cfg.clip_quantile
-    ) if cfg.clip_quantile else cfg.clip or None
+    return weights, quantile_ceiling(ranks.gather(before), mask, cfg.clip_quantile) if cfg.clip_quantile else cfg.clip or None
 
 
 def scaled(tokens: Tokens, scale: float) -> Tokens:
@@ -210,9 +208,7 @@ class Clock:
         self.seconds["s_" + name], self.then = round(now - self.then, 4), now
 
 
-def summarise(
-    run: Run, batch: Batch, weights: Weights, ceiling, values: list[dict], loss: float, norm: float, tally: dict
-) -> dict:
+def summarise(run: Run, batch: Batch, weights: Weights, ceiling, values: list[dict], loss: float, norm: float, tally: dict) -> dict:
     """One row of log.jsonl. Means are over the unmasked tokens of the whole step, on every process; docs/run-folder.md explains
     each key.
     """
@@ -249,9 +245,7 @@ def main(cfg: Config) -> dict:
     out = Path(cfg.out) if rank else checkpoint.claim(cfg)
     parallel.ranks().wait()
     if cfg.resume and (out / "summary.json").exists():
-        print(
-            f"{out} is finished; its numbers are in {out / 'summary.json'}; to train on: --model {out} and another --out"
-        )
+        print(f"{out} is finished; its numbers are in {out / 'summary.json'}; to train on: --model {out} and another --out")
         return json.loads((out / "summary.json").read_text())
     run = start(cfg, out)
     checkpoint.write_json(out / SETTINGS, asdict(cfg))
@@ -259,11 +253,7 @@ def main(cfg: Config) -> dict:
     if cfg.resume:
         checkpoint.restore(run)
         print(f"resumed at step {run.step} of {cfg.steps}")
-    with (
-        (Path(os.devnull) if rank else out / "log.jsonl").open("a") as log,
-        Watch(run) as watch,
-        checkpoint.disk("log.jsonl"),
-    ):
+    with (Path(os.devnull) if rank else out / "log.jsonl").open("a") as log, Watch(run) as watch, checkpoint.disk("log.jsonl"):
         train(run, log, watch)
     if run.step < cfg.steps:
         checkpoint.save(run)

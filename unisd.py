@@ -11,9 +11,9 @@ D divergence, C contrast, F features (losses.py), N = -log p_student(y_t) for th
 (agreement.py), m the completion mask. It exists because the method is *this sum*: every recipe of the paper's table is a
 setting of it, and everything else in the project only makes its inputs or makes it cheap.
 
-Read in order: Mechanisms and RECIPES (what can be switched), Batch, read, score_teachers (who reads what), weigh (how far each
-token is trusted), objective (eq. 1). This file knows one process and whole tensors; engine/ calls the same functions on pieces
-of a step and on several processes, and tests hold the two equal.
+Read in order: Mechanisms and RECIPES (what can be switched), read and score_teachers (who reads what), weigh (how far a token
+is trusted), objective (eq. 1). This file knows one process and whole tensors; engine/ calls the same functions on pieces of a
+step and on several processes, and tests hold the two equal.
 
 Depends on torch, losses.py, agreement.py.   Try it:  python unisd.py
 Shapes: B sequences, T completion tokens, V vocabulary, H hidden size, K contexts; N = the unmasked tokens of all B sequences,
@@ -41,9 +41,7 @@ class Mechanisms:
 
     w_div: float = opt(1.0, "weight of the divergence to the teacher, eq. 1 (0 = off)")
     divergence: str = opt(
-        "forward",
-        "forward = KL(teacher||student), reverse = KL(student||teacher), jsd = eq. 7",
-        ("forward", "reverse", "jsd"),
+        "forward", "forward = KL(teacher||student), reverse = KL(student||teacher), jsd = eq. 7", ("forward", "reverse", "jsd")
     )
     alpha: float = opt(0.5, "jsd only: weight of the teacher in the mixture, strictly between 0 and 1")
     estimator: str = opt(
@@ -53,9 +51,7 @@ class Mechanisms:
     )
     top_k: int = opt(100, "estimator top-k only: tokens kept")
     clip: float = opt(0.0, "static ceiling on each token's divergence, in nats, eq. 9 (0 = off)")
-    clip_quantile: float = opt(
-        0.0, "ceiling at this quantile of the step's own divergences; costs one more student pass (0 = off)"
-    )
+    clip_quantile: float = opt(0.0, "ceiling at this quantile of the step's D; one more student pass (0 = off)")
     agreement: str = opt("none", "weigh by how far K contexts agree, eq. 2", ("none", "token", "sequence"))
     gamma: float = opt(0.01, "strength of the agreement weights (0 = off)")
     stat: str = opt("var", "disagreement of the K readings: variance or max - min", ("var", "range"))
@@ -66,9 +62,7 @@ class Mechanisms:
     margin: float = opt(0.5, "contrast: by how many nats the wrong teacher should be further away")
     w_match: float = opt(0.0, "weight of final-layer feature matching, eq. 6 (0 = off)")
     w_nll: float = opt(0.0, "weight of plain cross-entropy on the completion tokens, for the baselines (0 = off)")
-    distill_temperature: float = opt(
-        1.0, "divides both models' logits inside the divergence, the contrast and the cross-entropy"
-    )
+    distill_temperature: float = opt(1.0, "divides all logits in the divergence, the contrast, the cross-entropy")
     agreement_temperature: float = opt(1.0, "divides the teacher's logits when the K contexts are compared")
     log_entropy: bool = opt(True, "log the student's entropy; nothing is minimised by it")
 
@@ -81,10 +75,10 @@ class Mechanisms:
         return bool(self.w_div or self.w_contrast or self.w_match)
 
 
-# Each row of the paper's table, and each baseline, is what differs from plain on-policy self-distillation ("sd"). There is no
-# code behind a name: a recipe overrides settings of Mechanisms and of engine/config.py, and flags override the recipe.
+# Each row of the paper's table is what differs from plain on-policy self-distillation ("sd"). There is no code behind a name: a
+# recipe overrides settings of Mechanisms and of engine/config.py, and flags override the recipe.
 RECIPES: dict[str, dict] = {
-    # nothing is trained: the base alone, and the base with the reference in its prompt (the ceiling)
+    # nothing is trained: the base alone, and with the reference in its prompt (the ceiling)
     "raw": dict(steps=0, epochs=0.0),
     "privileged": dict(steps=0, epochs=0.0, privileged=True),
     # baselines
@@ -139,8 +133,7 @@ def read(model: nn.Module, prompts: list[list[int]], ids: Tensor, mask: Tensor) 
     # The trap is a shift by one. Prompt [a b c], answer [y z]: the row is a b c y z, and the state at position 2 (over c) is
     # the one that predicts y, the state at 3 (over y) predicts z. So answer token t sits at len(prompt) - 1 + t.
     place = [(b, len(p) - 1 + t) for b, (p, n) in enumerate(zip(prompts, lengths, strict=True)) for t in range(n)]
-    row, column = torch.tensor(place, dtype=torch.long, device=ids.device).reshape(-1, 2).unbind(1)
-    return states[row, column]
+    return states[torch.tensor(place, dtype=torch.long, device=ids.device).reshape(-1, 2).unbind(1)]
 
 
 @dataclass
@@ -157,25 +150,22 @@ class Reading:
 class Scores:
     """What the teachers say of a step's answers, without gradient. None = nobody asked."""
 
-    states: Tensor | None = (
-        None  # (N, H) of the teacher who saw the reference; its head turns them into log-probs later
-    )
+    states: Tensor | None = None  # (N, H) of the teacher who saw the reference; its head turns them into log-probs later
     negative: Tensor | None = None  # (B, T) log p(y_t) under the teacher who saw a wrong reference
     contexts: Tensor | None = None  # (K, B, T) log p(y_t) under each of the K contexts
 
 
 def context_readings(batch: Batch, m: Mechanisms, rows: list[int] | None = None) -> list[Reading]:
     """The K readings that agreement compares, of all sequences or of some `rows`."""
-    named = enumerate(batch.contexts)
-    return [Reading(f"context {k}", prompts, m.agreement_temperature, rows) for k, prompts in named]
+    return [Reading(f"context {k}", p, m.agreement_temperature, rows) for k, p in enumerate(batch.contexts)]
 
 
 @torch.no_grad()
 def score_teachers(read_all: Callable, batch: Batch, m: Mechanisms, with_contexts: bool = True) -> Scores:
     """Let the teacher read the student's answers under every prompt that the settings need: the list of readings.
 
-    read_all(list of Reading) -> {name: Tensor} is `read_plainly` below, or engine/reading.py's, which packs all rows into few
-    passes. Call it while the model *is* the teacher (`with run.teacher():`), and before the student's own pass.
+    read_all(list of Reading) -> {name: Tensor}: `read_plainly` below, or engine/reading.py's, which packs all rows into few passes.
+    Call it while the model *is* the teacher (`with run.teacher():`), and before the student's own pass.
     """
     readings, contexts = [], []
     if m.uses_teacher:
@@ -346,9 +336,7 @@ def example() -> None:
         )
     div, contrast = (tokens.share * values["div"].clamp(max=m.clip)).sum(), values["contrast"].mean()
     print(f"loss {loss.item():.4f} = sum of share * min(D, .3) {div:.4f} + 0.1 * mean C {contrast:.4f}")
-    print(
-        "Notice: the clip silences D on the first token, so only the contrast pushes it; the second counts half, as the contexts"
-    )
+    print("Notice: the clip silences D on the first token, so only the contrast pushes it; the second counts half, as the contexts")
     print("disagree about it; on the third all readings are equal: C is the bare margin, and nothing pushes.")
 
 

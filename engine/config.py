@@ -73,9 +73,7 @@ class Config(Mechanisms):
     resume: bool = opt(False, "go on from the last checkpoint in --out, bit for bit")
     # --- the teacher
     teacher: str = opt(
-        "frozen",
-        "frozen = the model as it was; ema = slow average, eq. 3; live = the student itself",
-        ("frozen", "ema", "live"),
+        "frozen", "frozen = the model as it was; ema = slow average, eq. 3; live = the student itself", ("frozen", "ema", "live")
     )
     ema_decay: float = opt(0.9, "share of the old teacher kept at each update")
     ema_every: int = opt(10, "optimizer steps between two EMA updates")
@@ -90,16 +88,12 @@ class Config(Mechanisms):
         ("entropy", "divergence", "random"),
     )
     demos: int = opt(1, "solved examples in each context")
-    context_kind: str = opt(
-        "random", "what a context shows: random or similar solved examples, or an induced instruction", CONTEXT_KINDS
-    )
+    context_kind: str = opt("random", "a context shows random or similar solved examples, or an induced instruction", CONTEXT_KINDS)
     context_reference: bool = opt(True, "contexts also hold the question's own reference")
     retriever: str = opt("states", "similarity by the model's own mean-pooled states, or tfidf", ("states", "tfidf"))
     negatives: str = opt("rule", "wrong references: by rule, or model-written; both verified wrong", ("rule", "model"))
     # --- sampling
-    on_policy: float = opt(
-        1.0, "share of the steps trained on the student's own answers; the others use the references"
-    )
+    on_policy: float = opt(1.0, "share of the steps trained on the student's own answers; the others use the references")
     sft_target: str = opt(
         "reference",
         "what the other steps imitate: the reference, or a correct worked answer in the model's own style (tiny world)",
@@ -115,12 +109,8 @@ class Config(Mechanisms):
     batch: int = opt(64, "prompts per optimizer step")
     micro_batch: int = opt(4, "sequences per forward and backward; bounds memory, never changes the result")
     sample_batch: int = opt(64, "prompts sampled together; need not be the micro-batch")
-    chunk: int = opt(
-        0, "tokens per application of the vocabulary head; bounds memory, never changes the result (0 = by vocabulary)"
-    )
-    max_tokens_per_pass: int = opt(
-        16384, "token budget (rows x longest row) of one scoring pass; bounds memory, never changes the result"
-    )
+    chunk: int = opt(0, "tokens through the head together; bounds memory, never changes the result (0 = auto)")
+    max_tokens_per_pass: int = opt(16384, "rows x longest row of a scoring pass; bounds memory, no effect on results")
     lr: float = opt(2e-5, "peak learning rate, AdamW")
     warmup: float = opt(0.1, "share of the steps with a rising learning rate; then cosine to 0")
     weight_decay: float = opt(0.0, "AdamW weight decay")
@@ -132,21 +122,15 @@ class Config(Mechanisms):
     shard: bool = opt(False, "divide weights, optimizer and EMA among the processes of torchrun (FSDP2)")
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps (auto never picks mps)")
     dtype: str = opt(
-        "auto",
-        "matmul precision; weights and optimizer stay fp32; fp16 scales the loss",
-        ("auto", "fp32", "bf16", "fp16"),
+        "auto", "matmul precision; weights and optimizer stay fp32; fp16 scales the loss", ("auto", "fp32", "bf16", "fp16")
     )
     # --- data
     wrong_references: float = opt(0.0, "tiny world: share of training questions whose reference is wrong")
     train_size: int = opt(4000, "number of training questions (0 = all that a data set has)")
     # --- watching
-    eval_size: int = opt(
-        100, "held-out questions before and after: per family of the tiny world, else per data set (0 = all)"
-    )
+    eval_size: int = opt(100, "held-out questions before and after: per family of the tiny world, else per data set (0 = all)")
     privileged: bool = opt(False, "let the final evaluation see the references: the ceiling as a row of its own")
-    teacher_every: int = opt(
-        40, "steps between two measurements of the teacher's accuracy with the reference (0 = never)"
-    )
+    teacher_every: int = opt(40, "steps between two measurements of the teacher's accuracy with the reference (0 = never)")
     sample_every: int = opt(40, "steps between two printed samples (0 = never)")
     save_every: int = opt(60, "steps between two checkpoints (0 = only at the end)")
 
@@ -300,21 +284,11 @@ def without_effect(cfg: Config) -> list[tuple[bool, str]]:
     return [
         (
             cfg.divergence == "jsd" and cfg.clip >= LN2,
-            f"--clip {cfg.clip} can never act: a JSD is at most ln 2 = {LN2:.3f}; "
-            "set it below that, or use --divergence forward",
+            f"--clip {cfg.clip} can never act: a JSD is at most ln 2 = {LN2:.3f}; set it below that, or use --divergence forward",
         ),
-        (
-            cfg.agreement != "none" and not cfg.w_div,
-            "--agreement has no effect: it weighs the divergence, and --w-div is 0",
-        ),
-        (
-            bool((cfg.clip or cfg.clip_quantile) and not cfg.w_div),
-            "--clip has no effect: it caps the divergence, and --w-div is 0",
-        ),
-        (
-            cfg.teacher == "ema" and not cfg.uses_teacher,
-            "--teacher ema has no effect: nothing in this recipe asks a teacher",
-        ),
+        (cfg.agreement != "none" and not cfg.w_div, "--agreement has no effect: it weighs the divergence, and --w-div is 0"),
+        (bool((cfg.clip or cfg.clip_quantile) and not cfg.w_div), "--clip has no effect: it caps the divergence, and --w-div is 0"),
+        (cfg.teacher == "ema" and not cfg.uses_teacher, "--teacher ema has no effect: nothing in this recipe asks a teacher"),
         (
             cfg.agreement != "none" and 0 in (cfg.gamma, cfg.agreement_budget),
             "--agreement has no effect: --gamma or --agreement-budget is 0, so every weight is 1 and no context is read",

@@ -49,9 +49,7 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, str, str]:
     """
     reason = why = "given"
     if device == "auto":
-        device, reason = (
-            ("cuda", "a CUDA device is there") if torch.cuda.is_available() else ("cpu", "no CUDA device is there")
-        )
+        device, reason = ("cuda", "a CUDA device is there") if torch.cuda.is_available() else ("cpu", "no CUDA device is there")
     try:
         place = torch.device(device)
     except RuntimeError as error:
@@ -59,9 +57,7 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, str, str]:
     if place.type not in ("cpu", "cuda"):  # Apple's has no float64, which drawing a token needs
         raise ValueError(f"--device {device} is not supported; use auto, cpu, cuda or cuda:1")
     if place.type == "cuda" and (not torch.cuda.is_available() or (place.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(
-            f"--device {device}: no such CUDA device; there are {torch.cuda.device_count()}; use cpu or auto"
-        )
+        raise ValueError(f"--device {device}: no such CUDA device; there are {torch.cuda.device_count()}; use cpu or auto")
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
     if dtype == "auto":
         bf16 = place.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -100,22 +96,14 @@ class Loaded:
         try:
             import peft
         except ImportError as error:
-            raise ValueError(
-                "--lora-rank needs peft: pip install peft, or --lora-rank 0 to train all weights"
-            ) from error
+            raise ValueError("--lora-rank needs peft: pip install peft, or --lora-rank 0 to train all weights") from error
         inside = {id(m) for m in self.model.get_decoder().modules()}  # not the vision tower of a multimodal model
         kinds = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
         where = [n for n, m in self.model.named_modules() if n.split(".")[-1] in kinds and id(m) in inside]
         if not where:
-            raise ValueError(
-                f"--lora-rank: {self.name} has none of the projections {', '.join(kinds)}; use --lora-rank 0"
-            )
-        how = peft.LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=where, task_type="CAUSAL_LM"
-        )
-        self.adapter = peft.get_peft_model(
-            self.model, how
-        )  # puts the factors into `model`, which stays what everyone reads
+            raise ValueError(f"--lora-rank: {self.name} has none of the projections {', '.join(kinds)}; use --lora-rank 0")
+        how = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=where, task_type="CAUSAL_LM")
+        self.adapter = peft.get_peft_model(self.model, how)  # puts the factors into `model`, which stays what everyone reads
 
     def merge(self) -> None:
         """Make a loaded adapter part of the weights: what is trained next starts from there, and "the base" is that
@@ -239,9 +227,7 @@ def generate(
 
 def decode(lm: Loaded, ids: Tensor, mask: Tensor) -> list[str]:
     """The text of each completion, without end-of-text and padding."""
-    return [
-        lm.tokenizer.decode(row[m.bool()], skip_special_tokens=True).strip() for row, m in zip(ids, mask, strict=True)
-    ]
+    return [lm.tokenizer.decode(row[m.bool()], skip_special_tokens=True).strip() for row, m in zip(ids, mask, strict=True)]
 
 
 def end_ids(model: nn.Module, tokenizer) -> list[int]:

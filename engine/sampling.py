@@ -73,9 +73,7 @@ class ManyFinished(StoppingCriteria):
         return stop.expand(len(last))
 
 
-def compact(
-    model: nn.Module, ids: Tensor, mask: Tensor, config: GenerationConfig, draw: Draw
-) -> tuple[list[Tensor], int]:
+def compact(model: nn.Module, ids: Tensor, mask: Tensor, config: GenerationConfig, draw: Draw) -> tuple[list[Tensor], int]:
     """Left-padded prompts (B, W) and their mask -> B rows of new ids, and the number of token positions computed."""
     width, limit = ids.shape[1], config.max_new_tokens
     rows: list[Tensor] = [ids[0]] * len(ids)
@@ -105,9 +103,7 @@ def compact(
     return rows, computed
 
 
-def static(
-    model: nn.Module, ids: Tensor, mask: Tensor, config: GenerationConfig, draw: Draw
-) -> tuple[list[Tensor], int]:
+def static(model: nn.Module, ids: Tensor, mask: Tensor, config: GenerationConfig, draw: Draw) -> tuple[list[Tensor], int]:
     """As `compact`, with a static cache and every row to the end of the longest."""
     config.cache_implementation = "static"
     out = model.generate(
@@ -116,9 +112,7 @@ def static(
     return list(out), out.numel()
 
 
-def continuous(
-    model: nn.Module, ids: Tensor, mask: Tensor, config: GenerationConfig, draw: Draw
-) -> tuple[list[Tensor], int]:
+def continuous(model: nn.Module, ids: Tensor, mask: Tensor, config: GenerationConfig, draw: Draw) -> tuple[list[Tensor], int]:
     """As `compact`, by `generate_batch`; it draws its own random numbers. Raises ValueError if a token outside the
     tokenizer is written.
     """

@@ -71,20 +71,15 @@ class Watch:
         """Move the bar; print a sample and measure both accuracies when it is time (they join the row)."""
         self.bar.update()
         self.bar.set_postfix(
-            loss=f"{row['loss']:.3f}",
-            len=f"{row['length']:.0f}",
-            eos=f"{row['eos']:.2f}",
-            gnorm=f"{row['grad_norm']:.2f}",
+            loss=f"{row['loss']:.3f}", len=f"{row['length']:.0f}", eos=f"{row['eos']:.2f}", gnorm=f"{row['grad_norm']:.2f}"
         )
         if run.cfg.teacher_every and (run.step % run.cfg.teacher_every == 0 or run.step == 1):
             if run.cfg.uses_teacher:
                 with run.teacher():
-                    row["teacher_accuracy"] = metrics.measure(
-                        run.lm, run.task, self.held_out, True, run.cfg.max_new_tokens
-                    )["accuracy"]
-            row["student_accuracy"] = metrics.measure(run.lm, run.task, self.held_out, False, run.cfg.max_new_tokens)[
-                "accuracy"
-            ]
+                    row["teacher_accuracy"] = metrics.measure(run.lm, run.task, self.held_out, True, run.cfg.max_new_tokens)[
+                        "accuracy"
+                    ]
+            row["student_accuracy"] = metrics.measure(run.lm, run.task, self.held_out, False, run.cfg.max_new_tokens)["accuracy"]
         if run.cfg.sample_every and run.step % run.cfg.sample_every == 0:
             example = " ".join(run.lm.tokenizer.decode(batch.student[0], skip_special_tokens=True).split())
             answer = " ".join(decode(run.lm, batch.ids[:1], batch.mask[:1])[0].split())

@@ -142,3 +142,41 @@ def test_no_gradient_and_no_change_of_inputs():
     weighted_mean(loss, MASK, w).backward()
     assert loss.grad[1, 2] == 0 and (loss.grad.flatten()[:5] > 0).all()
     assert_close(r.detach(), READINGS, equal_nan=True)
+
+
+# --- the worked numbers of the comments ------------------------------------------------------------------------------
+
+
+def test_the_two_variances_of_two_readings():
+    readings, mask = torch.tensor([[[-1.0]], [[-3.0]]]), torch.ones(1, 1)
+    assert disagreement(readings, mask, "token", "var").item() == 2.0
+    assert disagreement(readings, mask, "sequence", "var").item() == 1.0
+    assert disagreement(readings, mask, "token", "range").item() == 2.0
+
+
+def test_opposite_disputes_cancel_in_a_sequence():
+    readings, mask = torch.tensor([[[-1.0, -3.0]], [[-3.0, -1.0]]]), torch.ones(1, 2)
+    assert disagreement(readings, mask, "sequence", "var").item() == 0.0
+    assert (disagreement(readings, mask, "token", "var") == 2.0).all()
+
+
+def test_how_far_a_token_weight_can_fall():
+    delta = torch.cat([torch.ones(1, 99), torch.tensor([[1e9]])], 1)  # q = 1, and one token far beyond the cap
+    for gamma, usual, least in ((1.0, 1 / 2, 1 / 11), (0.01, 0.99, 0.91)):
+        weights = token_weights(delta, torch.ones_like(delta), gamma)[0]
+        assert weights[0].item() == pytest.approx(usual, abs=1e-3)
+        assert weights[-1].item() == pytest.approx(least, abs=1e-3)
+
+
+@pytest.mark.parametrize(("weight", "mean"), [(1.0, 3.0), (0.5, 3.0), (0.25, 1.5)])
+def test_a_weight_that_cancels_until_it_falls_off_the_cliff(weight, mean):
+    loss, mask = torch.full((1, 2), 3.0), torch.ones(1, 2)
+    assert weighted_mean(loss, mask, torch.full((1, 2), weight), "sequence").item() == mean
+
+
+@pytest.mark.parametrize("normalizer", ["batch", "sequence"])
+def test_a_gradient_is_a_coefficient_and_the_weights_get_none(normalizer):
+    loss, weights = torch.rand(2, 3, requires_grad=True), torch.rand(2, 3, requires_grad=True)
+    weighted_mean(loss, MASK, weights, normalizer).backward()
+    assert_close(loss.grad, coefficients(MASK, weights, normalizer))
+    assert weights.grad is None

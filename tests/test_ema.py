@@ -102,3 +102,60 @@ def test_half_life():
     for _ in range(7):
         ema.update(model)
     assert 0.5 < ema.shadow["weight"][0, 0] < 0.53  # half of it new after 6.58 updates
+
+
+# --- the worked numbers of the comments ------------------------------------------------------------------------------
+
+
+def test_where_a_bf16_average_of_99_per_cent_begins_to_move():
+    moved = lambda student: (0.99 * 1.0 + 0.01 * torch.tensor(student)).bfloat16().item() > 1
+    assert not moved(1.3) and not moved(1.39) and moved(1.3908)
+    assert torch.tensor(1 + 1 / 128).bfloat16().item() == 1.0078125  # the next number after 1
+
+
+def test_an_average_that_starts_at_zero_is_no_model():
+    ema = EMA(model_of(0.0), 0.9)
+    for _ in range(10):
+        ema.update(model_of(1.0))
+    assert ema.shadow["weight"][0, 0].item() == pytest.approx(0.65, abs=0.005)
+
+
+def test_under_lora_the_factors_are_averaged_not_their_product():
+    factors = nn.ParameterDict({"A": torch.ones(1), "B": torch.zeros(1)})
+    ema = EMA(factors, 0.9)
+    factors["A"].data.fill_(3.0), factors["B"].data.fill_(2.0)
+    ema.update(factors)
+    assert (ema.shadow["A"] * ema.shadow["B"]).item() == pytest.approx(0.24) != pytest.approx(0.1 * 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_shadow_lends_its_own_memory_or_a_rounded_copy(dtype):
+    model = model_of(1.0, dtype)
+    ema, own = EMA(model, 0.9), model.weight.data_ptr()
+    with ema.applied_to(model):
+        assert (model.weight.data_ptr() == ema.shadow["weight"].data_ptr()) == (dtype == torch.float32)
+        model.weight.data.fill_(7.0)  # what an optimizer step does: the first trap
+    assert (ema.shadow["weight"] == 7).all() == (dtype == torch.float32)
+    assert model.weight.data_ptr() == own and (model.weight == 1).all()
+
+
+def test_a_backward_pass_inside_goes_through_the_wrong_weights():
+    """The second trap, and why it is one: nothing warns. (A linear layer keeps a view of its weights, and escapes.)"""
+    model, x = nn.ParameterDict({"w": torch.tensor(5.0)}), torch.tensor(1.0, requires_grad=True)
+    ema = EMA(model, 1.0)
+    nn.init.constant_(model["w"], 2.0)
+    y = model["w"] * x
+    with ema.applied_to(model):
+        y.backward()
+    assert x.grad.item() == 5.0
+
+
+def test_autocast_does_not_go_on_with_the_students_weights():
+    model, x = model_of(1.0, n=1), torch.ones(1, 1)
+    ema = EMA(model, 1.0)
+    nn.init.constant_(model.weight, 2.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(x).item() == 2.0
+        with ema.applied_to(model):
+            assert model(x).item() == 1.0
+        assert model(x).item() == 2.0

@@ -26,13 +26,15 @@ def test_one_checkpoint_and_its_base(tmp_path, capsys):
 
 
 def test_several_tasks_make_the_papers_table(tmp_path, capsys, monkeypatch):
-    def fake(name, size):
+    def fake(name, train_size, test_size):
+        assert train_size is None and test_size == 2
         if name == "mbpp":
             raise ValueError("--data mbpp: the hub cannot be reached")
         small = world.load(5, 2)
-        return Task(name, [], small.test, world.score, small.ood if name == "scienceqa" else [], world.WORDING, 40)
+        ood = small.ood if name == "scienceqa" else []
+        return Task(name, [], small.test, world.score, ood, world.WORDING, 40), {}
 
-    monkeypatch.setattr(command, "task_of", fake)
+    monkeypatch.setattr(command, "load_task", fake)
     argv = [
         "--model",
         "tiny",

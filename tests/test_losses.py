@@ -122,9 +122,11 @@ def test_contrast_by_hand_and_its_dead_zones():
     value = losses.contrastive(s, positive, negative, 0.5)
     assert_close(value.detach(), torch.tensor([0.0, 0.8, 1.0, 0.0]))
     value.sum().backward()
-    # token 1 lies between the teachers: sign(-1 + .5) - sign(-1 + 1.2) = -2. token 2 is on one side of both: exactly
+    # token 1 lies between the teachers: sign(-1 + .5) - sign(-1 + 1.2) = -2. Both teachers are above token 2: exactly
     # 0, though it has a loss.
     assert s.grad.tolist() == [0, -2, 0, 0]
+    # a step towards both leaves the loss of token 2 as it is: .5 + 1.4 - .9 = 1
+    assert losses.contrastive(student + 0.1, positive, negative, 0.5)[2].item() == pytest.approx(1.0)
 
 
 def test_contrast_moves_only_the_student():
@@ -212,3 +214,53 @@ def test_the_sampled_estimator_is_right_on_average_in_value_and_gradient():
         p * (logits.log_softmax(-1) - teacher)
     ).sum()  # the gradient of the value itself has expectation 0: it teaches nothing
     assert torch.autograd.grad(naive, logits)[0].abs().max() < 1e-12
+
+
+# --- the worked numbers of the comments ------------------------------------------------------------------------------
+
+
+def test_the_push_on_a_token_that_the_student_never_says():
+    p, q = [0.97, 0.01, 0.01, 0.01], [0.1, 0.8, 0.05, 0.05]
+    logits = log_of(*p).requires_grad_()
+    pushes = {}
+    for divergence in (losses.forward_kl, losses.reverse_kl):
+        (gradient,) = torch.autograd.grad(divergence(logits.log_softmax(-1), log_of(*q)).sum(), logits)
+        pushes[divergence.__name__] = -gradient[0, 1].item()
+    assert pushes["forward_kl"] == pytest.approx(0.80 - 0.01)
+    full = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    assert full == pytest.approx(2.13, abs=0.005) and math.log(0.80 / 0.01) == pytest.approx(4.38, abs=0.005)
+    assert (
+        pushes["reverse_kl"] == pytest.approx(0.01 * (full + math.log(0.80 / 0.01))) == pytest.approx(0.065, abs=1e-3)
+    )
+
+
+def test_cross_entropy_is_the_forward_kl_to_a_teacher_that_is_sure():
+    student, label = random_logps(5), torch.tensor(3)
+    sure = torch.full((5,), -torch.inf, dtype=torch.float64)
+    sure[label] = 0.0
+    assert_close(losses.forward_kl(student, sure), -losses.token_logps(student, label))
+
+
+def test_autograd_keeps_nothing_of_a_difference_but_everything_of_a_product():
+    p, q = random_logps(4).requires_grad_(), random_logps(4, seed=1)
+    kept = lambda x: [n for n in dir(x.grad_fn) if n.startswith("_saved") and torch.is_tensor(getattr(x.grad_fn, n))]
+    assert not kept(p - q) and kept(p * q)
+
+
+def test_without_the_tail_a_distance_can_be_negative():
+    student, teacher = log_of(0.9, 0.1), log_of(0.5, 0.5)
+    assert losses.kl(teacher[..., :1], student[..., :1]).item() == pytest.approx(-0.29, abs=0.005)
+    assert losses.forward_kl(*losses.top_k_with_tail(student, teacher, 1)).item() > 0
+
+
+def test_a_small_tail_keeps_its_digits_in_fp32():
+    logps = torch.tensor([1 - 1e-9, 1e-9], dtype=torch.float64).log().float()
+    assert math.log(1e-9) == pytest.approx(-20.7, abs=0.05)
+    assert losses.top_k_with_tail(logps, logps, 1)[0][1].item() == pytest.approx(math.log(1e-9), abs=1e-5)
+    assert (1 - logps[:1].exp()).log().item() == -math.inf
+    assert torch.tensor(1 - 2**-24).item() < 1 and abs(2**-24 - 6e-8) < 1e-9
+
+
+def test_what_bf16_has_around_a_small_number():
+    around = [torch.tensor(x).bfloat16().item() for x in (0.1230, 0.1234, 0.1235)]
+    assert around[0] == pytest.approx(0.1230, abs=1e-4) and around[1] == around[2] == pytest.approx(0.1235, abs=1e-4)

@@ -158,13 +158,13 @@ def test_schedule():
 
 
 def test_nan_loss_names_the_step_and_saves_the_batch(tmp_path, monkeypatch):
-    real = train.unisd_loss
+    real = train.chunked_objective
 
     def broken(*args):
         loss, values = real(*args)
         return loss * float("nan"), values
 
-    monkeypatch.setattr(train, "unisd_loss", broken)
+    monkeypatch.setattr(train, "chunked_objective", broken)
     with pytest.raises(FloatingPointError, match="step 1: the loss is nan"):
         train.main(make("sd", out=str(tmp_path), **FAST))
     saved = json.loads((tmp_path / "bad-batch-step1.json").read_text())

@@ -4,7 +4,7 @@ off costs nothing.
 
 import itertools
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -15,11 +15,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import agreement
 import losses
 from ema import EMA
-from engine.reading import Head, check_head, head_of, passes, read, sampled_logps
-from unisd import Batch, Mechanisms, divergence_now, score_teachers, unisd_loss
+from engine import head as head_file
+from engine.config import Config
+from engine.head import Head, check_head, chunked_objective, each_token, head_of, sampled_logps
+from engine.reading import PackedReader, passes, token_slices
+from train import scaled, weigh_step
+from unisd import (
+    Batch,
+    Reading,
+    Scores,
+    Tokens,
+    Weights,
+    feature_matching,
+    objective,
+    read,
+    read_plainly,
+    score_teachers,
+    tokens_of,
+    weigh,
+)
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
-EVERYTHING = Mechanisms(agreement="token", gamma=1.0, w_contrast=0.3, margin=0.2, w_match=0.2, w_nll=0.1, chunk=5)
+EVERYTHING = Config(agreement="token", gamma=1.0, w_contrast=0.3, margin=0.2, w_match=0.2, w_nll=0.1, chunk=5)
 
 
 def prompts(seed, n=4):
@@ -35,17 +52,39 @@ def batch_of(lengths=(5, 1, 3, 8), contexts=3):
     return Batch(prompts(1, n), prompts(2, n), prompts(3, n), [prompts(10 + k, n) for k in range(contexts)], ids, mask)
 
 
+@dataclass
+class Step:
+    """A step up to the student's own pass, as train.py makes it."""
+
+    reader: PackedReader
+    scores: Scores
+    weights: Weights
+    tokens: Tokens
+
+    def loss(self, model, m, rows=slice(None), piece=slice(None), states=None):
+        batch = self.reader.batch
+        states = read(model, batch.student[rows], batch.ids[rows], batch.mask[rows]) if states is None else states
+        teacher = None if self.scores.states is None else self.scores.states[piece]
+        return chunked_objective(
+            states, head_of(model, VOCAB), teacher, self.reader.head, self.tokens[piece], m, m.chunk
+        )
+
+
+def scored(model, batch, m, teacher=nullcontext, ceiling=None):
+    with teacher():
+        reader = PackedReader(model, head_of(model, VOCAB).detach(), batch, m.max_tokens_per_pass, m.chunk)
+        scores = score_teachers(reader, batch, m, with_contexts=m.agreement_budget >= 1)
+    weights, own_ceiling = weigh_step(reader, scores, teacher, m)
+    tokens = tokens_of(batch, scores, weights, own_ceiling if ceiling is None else ceiling)
+    return Step(reader, scores, weights, tokens)
+
+
 def whole_step(model, batch, m, teacher=nullcontext, micro=99, ceiling=None):
     """Loss and gradients of one optimizer step in micro-batches of `micro` rows."""
     model.zero_grad()
-    t = score_teachers(model, teacher, batch, VOCAB, m)
-    if ceiling is not None:
-        t.ceiling = ceiling
-    total = 0.0
-    for i in range(0, len(batch.ids), micro):
-        rows = slice(i, min(i + micro, len(batch.ids)))
-        states = read(model, batch.student[rows], batch.ids[rows], batch.mask[rows])
-        loss, _ = unisd_loss(states, head_of(model, VOCAB), t.rows(rows), t.head, m, t.ceiling)
+    step, total = scored(model, batch, m, teacher, ceiling), 0.0
+    for rows, piece in token_slices(batch.mask, micro):
+        loss, _ = step.loss(model, m, rows, piece)
         loss.backward()
         total += loss.detach()
     return total, {n: p.grad.clone() for n, p in model.named_parameters()}
@@ -180,18 +219,15 @@ def test_gradient_by_finite_differences_through_an_identity_head():
     N, V, eye = 4, 6, Head(torch.eye(6, dtype=torch.float64), 6)
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(N, V, generator=g, dtype=torch.float64, requires_grad=True)
-    t = {
-        "ids": torch.tensor([0, 5, 2, 2]),
-        "teacher": torch.randn(N, V, generator=g, dtype=torch.float64),
-        "negative": -torch.rand(N, generator=g, dtype=torch.float64) * 3,
-        "c": torch.rand(N, generator=g, dtype=torch.float64),
-        "a": torch.rand(N, generator=g, dtype=torch.float64),
-    }
+    teacher = torch.randn(N, V, generator=g, dtype=torch.float64)
+    negative, share, plain_share = (torch.rand(N, generator=g, dtype=torch.float64) for _ in range(3))
+    tokens = Tokens(torch.tensor([0, 5, 2, 2]), share, plain_share, -3 * negative)
     for d in ("forward", "reverse", "jsd"):
         m = replace(EVERYTHING, divergence=d, chunk=3)
-        assert torch.autograd.gradcheck(lambda x, m=m: unisd_loss(x, eye, t, eye, m)[0], logits)
-        upstream = torch.autograd.grad(3.0 * unisd_loss(logits, eye, t, eye, m)[0], logits)[0]
-        assert_close(upstream, 3.0 * torch.autograd.grad(unisd_loss(logits, eye, t, eye, m)[0], logits)[0], **EXACT)
+        loss = lambda x, m=m: chunked_objective(x, eye, teacher, eye, tokens, m, m.chunk)[0]
+        assert torch.autograd.gradcheck(loss, logits)
+        upstream = torch.autograd.grad(3.0 * loss(logits), logits)[0]
+        assert_close(upstream, 3.0 * torch.autograd.grad(loss(logits), logits)[0], **EXACT)
 
 
 def test_a_bias_and_a_softcap_are_part_of_the_head():
@@ -199,17 +235,9 @@ def test_a_bias_and_a_softcap_are_part_of_the_head():
     rand = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)
     h, teacher = rand(5, 4).requires_grad_(), rand(5, 4)
     w, b = rand(7, 4).requires_grad_(), rand(7).requires_grad_()
-    t = {
-        "ids": torch.tensor([0, 1, 2, 3, 4]),
-        "teacher": teacher,
-        "negative": None,
-        "c": torch.full((5,), 0.2, dtype=torch.float64),
-        "a": None,
-    }
-    head = Head(w, 7, b, softcap=3.0)
-    ours = torch.autograd.grad(
-        unisd_loss(h, head, t, replace(head, weight=w.detach(), bias=b.detach()), Mechanisms(chunk=2))[0], (h, w, b)
-    )
+    fifth = torch.full((5,), 0.2, dtype=torch.float64)
+    tokens, head = Tokens(torch.tensor([0, 1, 2, 3, 4]), fifth, fifth), Head(w, 7, b, softcap=3.0)
+    ours = torch.autograd.grad(chunked_objective(h, head, teacher, head.detach(), tokens, Config(), 2)[0], (h, w, b))
     logp = lambda x, w, b: (3 * torch.tanh((x @ w.T + b) / 3)).log_softmax(-1)
     plain_loss = losses.forward_kl(logp(h, w, b), logp(teacher, w, b).detach()).mean()
     for x, y in zip(ours, torch.autograd.grad(plain_loss, (h, w, b)), strict=True):
@@ -227,18 +255,18 @@ def test_padded_vocabulary_gets_no_mass_and_no_gradient():
 def test_a_student_that_already_is_its_teacher_has_nothing_to_learn(model):
     batch = batch_of()
     batch = replace(batch, teacher=batch.student)
-    value, gradient = whole_step(model, batch, Mechanisms(w_match=0.5))
+    value, gradient = whole_step(model, batch, Config(w_match=0.5))
     assert abs(value) < 1e-12 and all(g.abs().max() < 1e-12 for g in gradient.values())
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_agreement_really_changes_loss_and_gradient(model, level):
     batch = batch_of()
-    off, g_off = whole_step(model, batch, Mechanisms())
-    on, g_on = whole_step(model, batch, Mechanisms(agreement=level, gamma=1.0))
+    off, g_off = whole_step(model, batch, Config())
+    on, g_on = whole_step(model, batch, Config(agreement=level, gamma=1.0))
     assert abs(on - off) > 1e-4 and (g_on["model.norm.weight"] - g_off["model.norm.weight"]).abs().max() > 1e-6
-    official, _ = whole_step(model, batch, Mechanisms(agreement="sequence", gamma=0.01, normalizer="sequence"))
-    unweighted, _ = whole_step(model, batch, Mechanisms(normalizer="sequence"))
+    official, _ = whole_step(model, batch, Config(agreement="sequence", gamma=0.01, normalizer="sequence"))
+    unweighted, _ = whole_step(model, batch, Config(normalizer="sequence"))
     assert_close(
         official, unweighted, rtol=1e-2, atol=0
     )  # only sequences of one token (sum of weights < 1) still differ
@@ -246,24 +274,14 @@ def test_agreement_really_changes_loss_and_gradient(model, level):
 
 def test_clip_removes_the_gradient_of_the_tokens_above_it(model):
     batch = batch_of()
-    t = score_teachers(model, nullcontext, batch, VOCAB, Mechanisms())
+    step = scored(model, batch, Config())
     states = read(model, batch.student, batch.ids, batch.mask).detach().requires_grad_()
-    _, each = unisd_loss(states, head_of(model, VOCAB), t.rows(slice(None)), t.head, Mechanisms())
-    ceiling = each["div"].median()
-    loss, _ = unisd_loss(states, head_of(model, VOCAB), t.rows(slice(None)), t.head, Mechanisms(), ceiling)
+    _, each = step.loss(model, Config(), states=states)
+    step.tokens.ceiling = ceiling = each["div"].median()
+    loss, _ = step.loss(model, Config(), states=states)
     (gradient,) = torch.autograd.grad(loss, states)
     above = each["div"] > ceiling
     assert (gradient[above] == 0).all() and (gradient[each["div"] < ceiling].abs().sum(1) > 0).all()
-
-
-def test_divergence_now_is_what_the_loss_sees(model):
-    batch, m = batch_of(), Mechanisms(chunk=3)
-    t = score_teachers(model, nullcontext, batch, VOCAB, m)
-    now = divergence_now(model, t, VOCAB, m)
-    _, each = unisd_loss(
-        read(model, batch.student, batch.ids, batch.mask), head_of(model, VOCAB), t.rows(slice(None)), t.head, m
-    )
-    assert_close(now[batch.mask.bool()].double(), each["div"], rtol=1e-6, atol=1e-7)
 
 
 def test_an_ema_teacher_speaks_with_its_own_weights_and_its_own_head(model):
@@ -271,7 +289,7 @@ def test_an_ema_teacher_speaks_with_its_own_weights_and_its_own_head(model):
     ema = EMA(model, 0.5)
     other = small_model(seed=5)
     model.load_state_dict(other.state_dict())  # the student moves on; the shadow stays
-    value, _ = whole_step(model, batch, Mechanisms(), teacher=lambda: ema.applied_to(model))
+    value, _ = whole_step(model, batch, Config(), teacher=lambda: ema.applied_to(model))
     teacher, student = small_model(seed=0), small_model(seed=5)
     per_token = []
     for b in range(4):
@@ -285,13 +303,13 @@ def test_an_ema_teacher_speaks_with_its_own_weights_and_its_own_head(model):
 
 
 PASSES = {  # recipe settings -> how often the model is read in one step of one micro-batch
-    "divergence": (Mechanisms(), 2),
-    "cross-entropy only": (Mechanisms(w_div=0.0, w_nll=1.0), 1),
-    "token agreement": (Mechanisms(agreement="token"), 5),
-    "agreement with gamma 0": (Mechanisms(agreement="token", gamma=0.0), 2),
-    "agreement without a divergence": (Mechanisms(agreement="token", w_div=0.0, w_match=1.0), 2),
-    "contrast": (Mechanisms(w_contrast=0.1), 3),
-    "match only": (Mechanisms(w_div=0.0, w_match=1.0), 2),
+    "divergence": (Config(), 2),
+    "cross-entropy only": (Config(w_div=0.0, w_nll=1.0), 1),
+    "token agreement": (Config(agreement="token"), 5),
+    "agreement with gamma 0": (Config(agreement="token", gamma=0.0), 2),
+    "agreement without a divergence": (Config(agreement="token", w_div=0.0, w_match=1.0), 2),
+    "contrast": (Config(w_contrast=0.1), 3),
+    "match only": (Config(w_div=0.0, w_match=1.0), 2),
     "all": (EVERYTHING, 6),
 }
 
@@ -329,15 +347,15 @@ def test_no_tensor_of_tokens_times_vocabulary_exists(model):
 
 def test_a_match_only_recipe_never_touches_the_head(model):
     with Largest() as seen:
-        whole_step(model, batch_of(), Mechanisms(w_div=0.0, w_match=1.0))
+        whole_step(model, batch_of(), Config(w_div=0.0, w_match=1.0))
     assert seen.rows == 0
 
 
 def test_bf16_autocast_is_close_and_keeps_fp32_gradients():
     model = small_model(dtype=torch.float32)
-    exact, _ = whole_step(model, batch_of(), Mechanisms())
+    exact, _ = whole_step(model, batch_of(), Config())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        value, gradient = whole_step(model, batch_of(), Mechanisms())
+        value, gradient = whole_step(model, batch_of(), Config())
     assert_close(value, exact, rtol=0.05, atol=0)
     assert all(g.dtype == torch.float32 for g in gradient.values())
 
@@ -355,36 +373,24 @@ def test_nothing_given_is_changed(model):
 def test_the_estimators_against_the_full_divergence(model):
     batch = batch_of()
     for d in ("forward", "reverse", "jsd"):
-        full, g_full = whole_step(model, batch, Mechanisms(divergence=d))
-        all_of_it, g_all = whole_step(model, batch, Mechanisms(divergence=d, estimator="top-k", top_k=VOCAB, chunk=3))
+        full, g_full = whole_step(model, batch, Config(divergence=d))
+        all_of_it, g_all = whole_step(model, batch, Config(divergence=d, estimator="top-k", top_k=VOCAB, chunk=3))
         assert_close(all_of_it, full, **EXACT)
         for n in g_full:
             assert_close(g_all[n], g_full[n], **EXACT)
-        few, _ = whole_step(model, batch, Mechanisms(divergence=d, estimator="top-k", top_k=5))
+        few, _ = whole_step(model, batch, Config(divergence=d, estimator="top-k", top_k=5))
         assert 0 < few < full
-    t = score_teachers(model, nullcontext, batch, VOCAB, Mechanisms())
-    states = read(model, batch.student, batch.ids, batch.mask)
-    m = Mechanisms(divergence="reverse", estimator="sampled")
-    _, each = unisd_loss(states, head_of(model, VOCAB), t.rows(slice(None)), t.head, m)
+    m = Config(divergence="reverse", estimator="sampled")
+    step = scored(model, batch, m)
+    _, each = step.loss(model, m)
     ids, head = batch.ids[batch.mask.bool()], head_of(model, VOCAB)
-    student = sampled_logps(states, ids, head, 1.0, 8)
-    teacher = sampled_logps(t.rows(slice(None))["teacher"], ids, head, 1.0, 8)
+    student = sampled_logps(read(model, batch.student, batch.ids, batch.mask), ids, head, 1.0, 8)
+    teacher = sampled_logps(step.scores.states, ids, head, 1.0, 8)
     assert_close(each["div"], student - teacher, **EXACT)
 
 
-def test_no_gradient_is_computed_where_none_is_wanted(model, monkeypatch):
-    """A custom autograd function is asked for gradients by its inputs, whatever no_grad says; the quantile pass must
-    not pay for one.
-    """
-    batch, m = batch_of(), Mechanisms()
-    t = score_teachers(model, nullcontext, batch, VOCAB, m)
-    monkeypatch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("a gradient was taken"))
-    divergence_now(model, t, VOCAB, m)
-
-
 def test_a_ceiling_without_a_divergence_is_no_ceiling(model):
-    t = score_teachers(model, nullcontext, batch_of(), VOCAB, Mechanisms(w_div=0.0, w_nll=1.0, clip=2.0))
-    assert t.ceiling is None
+    assert scored(model, batch_of(), Config(w_div=0.0, w_nll=1.0, clip=2.0)).tokens.ceiling is None
 
 
 def test_a_head_that_is_not_the_models_own_is_noticed(model):
@@ -394,86 +400,94 @@ def test_a_head_that_is_not_the_models_own_is_noticed(model):
         check_head(model, VOCAB, [5, 6, 7])
 
 
-# --- contexts for the least certain only --------------------------------------------------------------------------
+# --- one formula: the plain objective, and the trainer's way to the same number --------------------------------------
 
 
-def budgeted(model, m, batch=None):
-    return score_teachers(model, nullcontext, batch or batch_of(), VOCAB, m)
+def uneven(n, seed=0):
+    """n tokens, all different: teacher, shares, negative. A token that got its neighbour's would be noticed."""
+    g = torch.Generator().manual_seed(seed)
+    rand = lambda *shape: torch.rand(*shape, generator=g, dtype=torch.float64)
+    tokens = Tokens(torch.randint(0, 11, (n,), generator=g), rand(n), rand(n), -3 * rand(n), 1.5)
+    weights = [rand(13, 6) - 0.5 for _ in range(2)]  # 13 rows, 11 in use
+    return 4 * rand(n, 6) - 2, 4 * rand(n, 6) - 2, weights, tokens
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_a_full_budget_is_plain_agreement_in_one_stream_or_two(model, level, monkeypatch):
-    """Budget 1 shares its passes with the teacher; a budget just below 1 that still takes everyone does not."""
-    m = Mechanisms(agreement=level, gamma=2.0)
-    whole = budgeted(model, m)
-    almost = budgeted(model, replace(m, agreement_budget=0.999))  # rounded up: all four
-    assert_close(whole.weights, almost.weights)
-    assert_close(whole.c, almost.c)
-    assert whole.weights.min() < 1
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("sizes", [(8, 4, 2), (12, 4, 2), (6, 6, 2), (8, 8, 8), (32, 16, 1)])
+def test_several_chunks_of_several_pieces_are_the_objective_on_whole_tensors(monkeypatch, divergence, sizes):
+    """As with a real vocabulary, where a chunk has two teacher blocks and 32 pieces: whatever the three sizes, each token meets
+    its own teacher, share and id. N = 29 leaves the last chunk, block and piece incomplete.
+    """
+    monkeypatch.setattr(head_file, "tokens_per_chunk", lambda chunk, vocab: sizes)
+    student, teacher, (weight, teacher_weight), tokens = uneven(29)
+    m = replace(EVERYTHING, divergence=divergence)
+    student.requires_grad_(), weight.requires_grad_()
+    logps = lambda states, w: (states @ w[:11].T / m.distill_temperature).log_softmax(-1)
+    loss, values = objective(logps(student, weight), logps(teacher, teacher_weight), tokens, m)
+    match, matched = feature_matching(student, teacher, tokens, m)
+    expected = torch.autograd.grad(loss + match, (student, weight))
+    chunked, each = chunked_objective(student, Head(weight, 11), teacher, Head(teacher_weight, 11), tokens, m)
+    assert_close(chunked, loss + match, **EXACT)
+    for x, y in zip(torch.autograd.grad(chunked, (student, weight)), expected, strict=True):
+        assert_close(x, y, **EXACT)
+    assert each.keys() == (values | matched).keys()
+    for name, value in (values | matched).items():
+        assert_close(each[name], value, **EXACT)
+    assert len(set(values["div"].tolist())) == 29
 
 
-def test_the_others_keep_weight_one_and_the_most_uncertain_are_taken(model):
-    batch = batch_of((4, 7, 3, 5))
-    m = Mechanisms(agreement="token", gamma=5.0, agreement_budget=0.5)
-    t = budgeted(model, m, batch)
-    logps = head_of(model, VOCAB).ready(t.hidden)
-    each = losses.entropy(logps.logps(logps.logits(t.hidden), 1.0)) * batch.mask
-    mean = each.sum(1) / batch.mask.sum(1)
-    taken = mean.topk(2).indices.tolist()
-    for b in range(4):
-        assert (t.weights[b] == 1).all().item() == (b not in taken)
-    rows = []
-    model.model.register_forward_hook(lambda _, args, kwargs, out: rows.append(len(out[0])), with_kwargs=True)
-    budgeted(model, m, batch)
-    assert sum(rows) == 4 + 2 * len(batch.contexts)  # the teacher for all, the contexts for half
+@pytest.mark.parametrize("sizes", [(8, 4, 2), (6, 6, 3), (32, 16, 4)])
+def test_each_token_is_measured_as_itself(monkeypatch, sizes):
+    monkeypatch.setattr(head_file, "tokens_per_chunk", lambda chunk, vocab: sizes)
+    states, _, (weight, _), tokens = uneven(29)
+    found = each_token(
+        states, Head(weight, 11), 0.7, 0, lambda logps, which: losses.token_logps(logps, tokens.ids[which])
+    )
+    assert_close(found, losses.token_logps((states @ weight[:11].T / 0.7).log_softmax(-1), tokens.ids), **EXACT)
 
 
-def test_uncertainty_by_divergence_is_the_divergence_that_the_loss_sees(model):
-    batch = batch_of((4, 7, 3, 5))
-    m = Mechanisms(agreement="token", gamma=5.0, agreement_budget=0.25, uncertainty="divergence")
-    t = budgeted(model, m, batch)
-    now = divergence_now(model, t, VOCAB, m)
-    most = ((now * batch.mask).sum(1) / batch.mask.sum(1)).argmax().item()
-    assert [b for b in range(4) if (t.weights[b] != 1).any()] == [most]
+@pytest.mark.parametrize("budget", [1, 20, 40, 10_000])
+def test_the_packed_reader_is_the_plain_one(model, budget):
+    batch, m = batch_of(), EVERYTHING
+    head = head_of(model, VOCAB).detach()
+    packed = score_teachers(PackedReader(model, head, batch, budget, 3), batch, m)
+    plainly = score_teachers(read_plainly(model, head, batch), batch, m)
+    for name in ("states", "negative", "contexts"):
+        assert_close(getattr(packed, name), getattr(plainly, name), **EXACT)
+    some = [Reading("some", batch.contexts[0], 0.5, rows=[1, 3]), Reading("states", batch.teacher, rows=[2])]
+    for reader in (PackedReader(model, head, batch, budget, 3), read_plainly(model, head, batch)):
+        kept = reader(some)
+        whole = read_plainly(model, head, batch)([replace(r, rows=None) for r in some])
+        assert_close(kept["some"][[1, 3]], whole["some"][[1, 3]], **EXACT)
+        assert (kept["some"][[0, 2]] == 0).all()
 
 
-def test_the_random_control_takes_the_same_number_and_repeats_itself(model):
-    m = Mechanisms(agreement="token", gamma=5.0, agreement_budget=0.25, uncertainty="random")
-    a, b = budgeted(model, m), budgeted(model, m)
-    assert a.weights.equal(b.weights) and (a.weights != 1).any(1).sum() == 1
-
-
-def test_a_budget_of_zero_reads_no_context(model):
-    rows = []
-    model.model.register_forward_hook(lambda _, args, kwargs, out: rows.append(len(out[0])), with_kwargs=True)
-    t = budgeted(model, Mechanisms(agreement="token", gamma=5.0, agreement_budget=0.0))
-    assert sum(rows) == len(t.weights) and (t.weights == 1).all()
-
-
-def test_entropy_is_measured_only_if_it_is_logged(model):
-    batch = batch_of()
-    m = Mechanisms(log_entropy=False)
-    t = budgeted(model, m, batch)
+def test_the_core_alone_makes_the_trainers_step(model):
+    """A notebook's way: one process, whole tensors, no engine. Value and gradient are those of the trainer's step."""
+    batch, m = batch_of(), replace(EVERYTHING, clip=0.5)
+    value, gradient = whole_step(model, batch, m, micro=2)
+    model.zero_grad()
+    speak = lambda states, tau: (model.lm_head(states)[:, :VOCAB] / tau).log_softmax(-1)
+    scores = score_teachers(read_plainly(model, speak, batch), batch, m)
+    tokens = tokens_of(batch, scores, weigh(batch.mask, m, scores.contexts), m.clip)
     states = read(model, batch.student, batch.ids, batch.mask)
-    with_it, a = unisd_loss(states, head_of(model, VOCAB), t.rows(slice(None)), t.head, Mechanisms())
-    without, b = unisd_loss(states, head_of(model, VOCAB), t.rows(slice(None)), t.head, m)
-    assert with_it == without and set(a) - set(b) == {"entropy"}
+    with torch.no_grad():
+        teacher = speak(scores.states, m.distill_temperature)
+    loss, _ = objective(speak(states, m.distill_temperature), teacher, tokens, m)
+    loss = loss + feature_matching(states, scores.states, tokens, m)[0]
+    loss.backward()
+    assert_close(loss.detach(), value, **EXACT)
+    for name, p in model.named_parameters():
+        assert_close(p.grad, gradient[name], **EXACT)
 
 
-def test_all_masked_is_one_clear_error(model):
-    batch = replace(batch_of(), mask=torch.zeros(4, 8, dtype=torch.long))
-    with pytest.raises(ValueError, match="every token is masked"):
-        score_teachers(model, nullcontext, batch, VOCAB, Mechanisms())
-
-
-def test_the_random_control_does_not_look_at_padding(model):
-    m = Mechanisms(agreement="token", gamma=5.0, agreement_budget=0.25, uncertainty="random")
-    a, b = batch_of(), batch_of()
-    b.ids = torch.where(b.mask.bool(), b.ids, b.ids + 7)
-    assert budgeted(model, m, a).weights.equal(budgeted(model, m, b).weights)
-
-
-def test_the_divergence_before_the_update_is_computed_once(model):
-    m = Mechanisms(agreement="token", agreement_budget=0.5, uncertainty="divergence")
-    t = budgeted(model, m)
-    assert t.now is not None and divergence_now(model, t, VOCAB, m) is t.now
+def test_a_scaled_loss_has_a_scaled_gradient_and_nothing_else():
+    """What fp16 needs: 1,024 times the loss, 1,024 times the gradient, the same values for the log."""
+    student, teacher, (weight, teacher_weight), tokens = uneven(9)
+    student.requires_grad_()
+    whole = lambda t: chunked_objective(student, Head(weight, 11), teacher, Head(teacher_weight, 11), t, EVERYTHING)
+    (once, values), (much, same) = whole(tokens), whole(scaled(tokens, 1024.0))
+    assert_close(much, 1024 * once, **EXACT)
+    assert_close(torch.autograd.grad(much, student)[0], 1024 * torch.autograd.grad(once, student)[0], **EXACT)
+    assert all(values[name].equal(same[name]) for name in values)
+    assert scaled(tokens, 1.0) is tokens

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from engine.config import PRESET_RECIPES, RECIPES, make
+from engine.config import PRESET_RECIPES, Config, make
 from engine.rollout import completion_mask
-from unisd import Mechanisms
+from unisd import RECIPES, Mechanisms
 
 
 @dataclass
@@ -319,12 +319,24 @@ def reading() -> list[Case]:
 # --- the whole loss of one optimizer step -----------------------------------------------------------------------------
 
 # Settings of the training loop, outside the objective: named in the note of a recipe that changes them.
-LOOP = dict(teacher="frozen", ema_decay=0.9, ema_every=10, on_policy=1.0, sampler="student", temperature=1.0)
-LIMITS = ("chunk", "max_tokens_per_pass", "log_entropy")  # never change the result: no part of the vectors
+LOOP = dict(
+    sft_target="reference",
+    teacher="frozen",
+    ema_decay=0.9,
+    ema_every=10,
+    on_policy=1.0,
+    sampler="student",
+    temperature=1.0,
+)
+# The settings that the vectors hold: all of the objective's but for the log's, and those that choose which answers are compared.
+OBJECTIVE = [name for name in Mechanisms.__dataclass_fields__ if name != "log_entropy"] + [
+    "agreement_budget",
+    "uncertainty",
+]
 V, H, ROWS, END = 6, 4, 8, 1  # vocabulary in use, hidden size, rows of the head's matrix, end-of-text id = pad id
 
 
-def step(name: str, m: Mechanisms, real=False, K=3, rows=None, change=None, refuses="", note="", live=False) -> Case:
+def step(name: str, m: Config, real=False, K=3, rows=None, change=None, refuses="", note="", live=False) -> Case:
     """One step's recorded states, or logits where the head is the identity; null what these settings do not read."""
     n, (B, T), width = Numbers("step"), RAGGED.shape, H if real else V
     ids = torch.tensor([[4, 2, 5, 0, 3], [3, 1, 1, 1, 1], [2, 0, 4, 1, 1]])  # row 0 was cut, the others end
@@ -342,12 +354,12 @@ def step(name: str, m: Mechanisms, real=False, K=3, rows=None, change=None, refu
     )
     inputs |= change(inputs) if change else {}
     grad = "" if refuses else " ".join(k for k, v in inputs.items() if v is not None and v.is_floating_point())
-    settings = {k: v for k, v in vars(m).items() if k in Mechanisms.__dataclass_fields__ and k not in LIMITS}
+    settings = {k: v for k, v in vars(m).items() if k in OBJECTIVE}
     return Case("objective", name, inputs, grad, dict(vocab=V, rows=rows) | settings, refuses, note)
 
 
 def recipes() -> list[Case]:
-    """Every recipe of config.RECIPES, with the settings that the tiny model's preset gives it."""
+    """Every recipe of unisd.RECIPES, with the settings that the tiny model's preset gives it."""
     out = []
     for recipe in RECIPES:
         for preset in ("tiny", "real") if ("real", recipe) in PRESET_RECIPES else ("tiny",):
@@ -366,7 +378,7 @@ def edges() -> list[Case]:
     out = []
 
     def add(name, real=False, K=3, rows=None, change=None, refuses="", **settings):
-        out.append(step(name, Mechanisms(**settings), real, K, rows, change, refuses))
+        out.append(step(name, Config(**settings), real, K, rows, change, refuses))
 
     everything = dict(divergence="jsd", alpha=0.3, agreement="token", gamma=1.0)
     everything |= dict(w_contrast=0.3, margin=0.2, w_match=0.2, w_nll=0.1)

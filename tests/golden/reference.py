@@ -2,7 +2,7 @@
 
 What: losses.py, agreement.py, half_life and completion_mask are taken as they are. Four more are thin wrappers around what
 the project runs: the EMA as a function of arrays, the states that predict each token, the head, and the whole objective of
-one optimizer step on *recorded* states, through score_teachers and unisd_loss.
+one optimizer step on *recorded* states, through the calls that train.py makes.
 Depends on torch and the repository.   Try it:  python tests/golden/check.py reference
 Shapes: B sequences, T completion tokens, V vocabulary, H hidden size, K contexts, N unmasked tokens, L row length.
 """
@@ -19,7 +19,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from agreement import coefficients, disagreement, sequence_weights, token_weights, weighted_mean
 from ema import EMA, half_life
-from engine.reading import Head, head_of, read
+from engine.config import Config
+from engine.head import Head, chunked_objective, head_of
+from engine.reading import PackedReader
 from engine.rollout import completion_mask
 from losses import (
     clip_tokens,
@@ -35,7 +37,8 @@ from losses import (
     token_logps,
     top_k_with_tail,
 )
-from unisd import Batch, Mechanisms, divergence_now, score_teachers, unisd_loss
+from train import weigh_step
+from unisd import Batch, read, score_teachers, tokens_of
 
 
 class Recorded(nn.Module):
@@ -62,7 +65,7 @@ class Recorded(nn.Module):
 
 
 def predicting_states(states: Tensor, prompt_lengths: Tensor, mask: Tensor) -> Tensor:
-    """reading.read of recorded states. (B, L, H), (B,), (B, T) -> (N, H)."""
+    """unisd.read of recorded states. (B, L, H), (B,), (B, T) -> (N, H)."""
     prompts = [[b] * n for b, n in enumerate(prompt_lengths.tolist())]
     return read(Recorded(states), prompts, torch.zeros_like(mask), mask)
 
@@ -70,7 +73,7 @@ def predicting_states(states: Tensor, prompt_lengths: Tensor, mask: Tensor) -> T
 def head_logps(
     states: Tensor, weight: Tensor, bias: Tensor | None, *, vocab: int, softcap: float | None, temperature: float
 ) -> Tensor:
-    """reading.Head, cut to the vocabulary as Head.ready cuts it, but with the gradient of its weights. -> (N, V)."""
+    """engine.head.Head, cut to the vocabulary as Head.ready cuts it, but with the gradient of its weights. -> (N, V)."""
     head = Head(weight[:vocab], vocab, None if bias is None else bias[:vocab], softcap)
     return head.logps(head.logits(states), temperature)
 
@@ -103,7 +106,7 @@ def objective(
 
     -> {"loss": (), and, to look at, "weights", "coefficients", "ceiling", "div", "contrast", "match", "nll" (B, T)}.
     """
-    m, B = Mechanisms(**settings), len(ids)
+    m, B = Config(**settings), len(ids)
     identity = torch.eye(vocab, dtype=student.dtype)
     weight, other = (identity if w is None else w for w in (head, teacher_head))
     # One-token prompts [row of the table]: then the state at position t, from 0 on, predicts completion token t.
@@ -115,19 +118,22 @@ def objective(
     wide = [[[(len(table) + k) * B + b] for b in range(B)] for k in range(len(readings))]
     model = Recorded(nn.functional.pad(torch.cat(table + readings), (0, 0, 0, 1)), weight)
     batch = Batch(**prompts, contexts=wide, ids=ids, mask=mask)
-    t = score_teachers(model, lambda: model.speaking_with(other), batch, vocab, m)
-
-    def loss_of(b: slice) -> tuple[Tensor, dict]:
-        states = read(model, batch.student[b], ids[b], mask[b])
-        return unisd_loss(states, head_of(model, vocab), t.rows(b), t.head, m, t.ceiling)
-
+    teacher_speaks = lambda: model.speaking_with(other)
+    with teacher_speaks():
+        speaker = head_of(model, vocab)
+        reader = PackedReader(model, speaker, batch, m.max_tokens_per_pass)
+        scores = score_teachers(reader, batch, m, with_contexts=m.agreement_budget >= 1)
+    weights, ceiling = weigh_step(reader, scores, teacher_speaks, m)
+    tokens = tokens_of(batch, scores, weights, ceiling)
+    chosen, ends = slice(*rows) if rows else slice(0, B), [0, *mask.sum(1).cumsum(0).tolist()]
+    piece = slice(ends[chosen.start], ends[chosen.stop])
+    own = read(model, batch.student[chosen], ids[chosen], mask[chosen])
+    states = None if scores.states is None else scores.states[piece]
+    loss, values = chunked_objective(own, head_of(model, vocab), states, speaker, tokens[piece], m)
     place = lambda x: torch.zeros(mask.shape, dtype=x.dtype).masked_scatter(mask.bool(), x)
-    if m.clip_quantile and m.w_div:
-        t.ceiling = quantile_ceiling(divergence_now(model, t, vocab, m), mask, m.clip_quantile)
-    loss, values = loss_of(slice(*rows) if rows else slice(0, B))
-    out = {"loss": loss, "weights": t.weights, "coefficients": t.c}
-    if t.ceiling is not None:
-        out["ceiling"] = torch.as_tensor(t.ceiling, dtype=loss.dtype)
+    out = {"loss": loss, "weights": weights.reliability, "coefficients": weights.share}
+    if ceiling is not None:
+        out["ceiling"] = torch.as_tensor(ceiling, dtype=loss.dtype)
     return out if rows else out | {k: place(v) for k, v in values.items() if k != "entropy"}
 
 
