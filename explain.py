@@ -160,9 +160,7 @@ def prompts_of(lm: Loaded, example: Example, task: Task, cfg: Config) -> dict:
     if room < 16:
         raise ValueError(f"--max-new-tokens {n} leaves no room in the model's context of {lm.context}: lower it")
     if cfg.uses_agreement and cfg.context_kind != "random":
-        raise ValueError(
-            f"context kind {cfg.context_kind} needs what a run has prepared: only random ones can be looked into"
-        )
+        raise ValueError(f"context kind {cfg.context_kind} needs what a run has prepared: only random ones can be looked into")
     # Demonstrations are drawn by seed and place, so a training question must stand in its own place.
     i = next((i for i, e in enumerate(task.train) if e.question == example.question), len(task.train))
     task = replace(task, train=[*task.train[:i], example, *task.train[i + 1 :]])
