@@ -158,7 +158,7 @@ def after_training(run, out: Path, before: dict, begun: float) -> dict:
         ood = metrics.measure(lm, task, task.ood, False, cfg.max_new_tokens) if task.ood else {}
         run.optimizer = run.average = run.frozen = None  # their memory is needed for the base beside the trained model
         base = load(cfg.model, lm.device)
-        base.dtype, base.sample_batch, base.engine, base.ranks = lm.dtype, lm.sample_batch, lm.engine, lm.ranks
+        base.dtype, base.sample_batch, base.ranks = lm.dtype, lm.sample_batch, lm.ranks
     moved = metrics.drift(lm, base, task, task.test, limit=cfg.max_new_tokens)  # 0 steps: the level to compare with
     checkpoint.save_final(run)
     if not run.ranks.rank:
