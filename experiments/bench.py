@@ -36,6 +36,8 @@ import transformers
 from engine import sampling
 from engine.build import Run, start
 from engine.config import make
+from engine.head import head_of
+from engine.reading import PackedReader
 from engine.rollout import choose_device, generate
 from experiments.bench_loss import bench_loss, medians
 from experiments.bench_model import NAMES, bench_model, step_rows
@@ -89,9 +91,12 @@ def bench_scoring(device: torch.device, args) -> list[dict]:
     ids, mask = generate(run.lm, [x["student"] for x in p], 40, 1.0)
     contexts = [[x["contexts"][k] for x in p] for k in range(3)]
     batch = Batch([x["student"] for x in p], [x["teacher"] for x in p], [x["negative"] for x in p], contexts, ids, mask)
-    score = lambda budget, tally=None: score_teachers(
-        run.lm.model, run.teacher, batch, run.lm.vocab, replace(run.cfg, max_tokens_per_pass=budget), tally=tally
-    )
+
+    def score(budget: int, tally: dict | None = None) -> None:
+        with run.teacher():
+            reader = PackedReader(run.lm.model, head_of(run.lm.model, run.lm.vocab), batch, budget, run.cfg.chunk, tally)
+            score_teachers(reader, batch, run.cfg)
+
     budgets = [256, 1024, 4096, 16384]
     seconds = medians({f"{b}": lambda b=b: score(b) for b in budgets}, args.repeats, device)
     rows = []

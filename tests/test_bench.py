@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
+from engine.config import Config
 from engine.sampling import FINISHED
 from experiments import bench
 from experiments.bench_loss import loss_problem, medians, ours, peak_bytes, plain
 from experiments.bench_model import NAMES
-from unisd import Mechanisms
 
 CPU = torch.device("cpu")
 
@@ -29,7 +29,7 @@ def test_the_peak_is_counted_by_hand():
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
 @pytest.mark.parametrize("agreement", ["none", "token"])
 def test_both_contenders_compute_the_same(divergence, agreement):
-    m = Mechanisms(divergence=divergence, agreement=agreement, gamma=1.0, chunk=7)
+    m = Config(divergence=divergence, agreement=agreement, gamma=1.0, chunk=7)
     found = []
     for f in (ours, plain):
         p = loss_problem(40, 60, 8, CPU)
@@ -39,24 +39,22 @@ def test_both_contenders_compute_the_same(divergence, agreement):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "divergence", ["forward", *(pytest.param(d, marks=pytest.mark.slow) for d in ("reverse", "jsd"))]
-)
+@pytest.mark.parametrize("divergence", ["forward", *(pytest.param(d, marks=pytest.mark.slow) for d in ("reverse", "jsd"))])
 def test_the_loss_stays_below_one_tensor_of_logits_and_does_not_grow_with_the_answers(divergence):
     """The promise at V = 151,936 and N = 512, at a size that is quick: the chunk is the same share of N."""
     v, h = 2000, 16
-    m = Mechanisms(divergence=divergence, agreement="token", gamma=1.0, log_entropy=False, chunk=0)
+    m = Config(divergence=divergence, agreement="token", gamma=1.0, log_entropy=False, chunk=0)
 
     def extra(n):
         p = loss_problem(n, v, h, CPU)
         work = lambda: ours(p, m)
-        from engine import reading
+        from engine import head
 
-        sizes, reading.tokens_per_chunk = reading.tokens_per_chunk, lambda *_: (256, 128, 8)
+        sizes, head.tokens_per_chunk = head.tokens_per_chunk, lambda *_: (256, 128, 8)
         try:
             return peak_bytes(work, CPU, [x for x in p.values() if isinstance(x, torch.Tensor)]) - 4 * (n * h + v * h)
         finally:
-            reading.tokens_per_chunk = sizes
+            head.tokens_per_chunk = sizes
 
     assert extra(512) <= 4 * 512 * v
     assert abs(extra(1024) - extra(512)) < 0.1 * 4 * 512 * v

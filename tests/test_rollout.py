@@ -55,9 +55,7 @@ def test_greedy_answers_equal_a_loop_without_cache_or_padding():
 
 
 def test_batch_size_and_neighbours_do_not_matter(tiny):
-    prompts = [
-        chat_ids(tiny.tokenizer, q) for q in ("47+38", "where is lamp: mill A, cave B, port C", "f: add 3 then times 2")
-    ]
+    prompts = [chat_ids(tiny.tokenizer, q) for q in ("47+38", "where is lamp: mill A, cave B, port C", "f: add 3 then times 2")]
     together, m = generate(tiny, prompts, 40, 0.0)
     for i, p in enumerate(prompts):
         alone, ma = generate(tiny, [p], 40, 0.0)
@@ -167,15 +165,9 @@ def test_scores_do_not_depend_on_the_padding_of_the_sampler(tiny):
     """Answers sampled beside a long prompt are read back with the log-probs the sampler had."""
     prompts = [chat_ids(tiny.tokenizer, q) for q in ("47+38", "tool: fly rome 2 monday and so on and so on")]
     ids, mask = generate(tiny, prompts, 30, 0.0)
-    both = sampled_logps(
-        read(tiny.model, prompts, ids, mask), ids[mask.bool()], head_of(tiny.model, tiny.vocab), 1.0, 64
-    )
+    both = sampled_logps(read(tiny.model, prompts, ids, mask), ids[mask.bool()], head_of(tiny.model, tiny.vocab), 1.0, 64)
     first = sampled_logps(
-        read(tiny.model, prompts[:1], ids[:1], mask[:1]),
-        ids[:1][mask[:1].bool()],
-        head_of(tiny.model, tiny.vocab),
-        1.0,
-        64,
+        read(tiny.model, prompts[:1], ids[:1], mask[:1]), ids[:1][mask[:1].bool()], head_of(tiny.model, tiny.vocab), 1.0, 64
     )
     assert_close(both[: mask[0].sum()], first, rtol=0, atol=1e-5)
 

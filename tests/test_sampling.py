@@ -77,9 +77,7 @@ SHAPE = dict(
 )  # fmt: skip
 LAYERS = {
     "Lfm2": dict(layer_types=["conv", "full_attention"], block_ff_dim=48, block_auto_adjust_ff_dim=False),
-    "FalconH1": dict(
-        mamba_d_ssm=32, mamba_n_heads=2, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=8
-    ),
+    "FalconH1": dict(mamba_d_ssm=32, mamba_n_heads=2, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=8),
     "Gemma3": dict(layer_types=["sliding_attention", "full_attention"], sliding_window=6),
 }
 
@@ -128,9 +126,7 @@ def test_rows_leave_only_caches_that_are_known_to_let_them():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_frequencies_follow_the_softmax(temperature):
-    logits = torch.tensor(
-        [[1.0, 0.0, -1.0, 2.0, -torch.inf, 9.0]]
-    )  # the last is padded vocabulary, the one before impossible
+    logits = torch.tensor([[1.0, 0.0, -1.0, 2.0, -torch.inf, 9.0]])  # the last is padded vocabulary, the one before impossible
     n = 20_000
     noise = ((torch.arange(n) + 0.5) / n).unsqueeze(1)  # evenly spread: no luck involved
     draw = sampling.Draw(5, width=3, temperature=temperature, noise=noise)

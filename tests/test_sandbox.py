@@ -78,12 +78,8 @@ class A{}:
     __rsub__ = __sub__
 def f(x): return {}
 """
-BUILTINS = (
-    "import builtins\nbuiltins.AssertionError = builtins.isinstance = builtins.len = lambda *a: 8\ndef f(x): return 3"
-)
-JUDGE = (
-    "import sys\nm = sys.modules['__main__']\nm._run = lambda *a: 'passed'\nm._judge = lambda *a: 0\ndef f(x): return 3"
-)
+BUILTINS = "import builtins\nbuiltins.AssertionError = builtins.isinstance = builtins.len = lambda *a: 8\ndef f(x): return 3"
+JUDGE = "import sys\nm = sys.modules['__main__']\nm._run = lambda *a: 'passed'\nm._judge = lambda *a: 0\ndef f(x): return 3"
 EVAL = """
 import json
 real = json.dumps
@@ -216,12 +212,7 @@ FINE = {
 
 
 WAITED_FOR = {name for name, (_, reason, *_) in ATTACKS.items() if TIME in reason or "memory" in reason}
-SLOW = WAITED_FOR - {
-    "endless, except BaseException",
-    "asleep, deaf to signals",
-    "keeps the judge busy",
-    "memory bomb, one gulp",
-}
+SLOW = WAITED_FOR - {"endless, except BaseException", "asleep, deaf to signals", "keeps the judge busy", "memory bomb, one gulp"}
 
 
 def attack(name):
@@ -349,10 +340,7 @@ HONEST = {
         *(f"assert f({x}) == {x} and type(f({x})) is type({x})" for x in re.split(r" \| |\n +", PLAIN)),
         "x = f(float('nan'))\nassert x != x",
     ),
-    "equality is Python's": (
-        "def f(x): return x",
-        "assert f(1) == 1.0 and f([1, (2.0,)]) == [True, (2,)] != f([1, [2]])",
-    ),
+    "equality is Python's": ("def f(x): return x", "assert f(1) == 1.0 and f([1, (2.0,)]) == [True, (2,)] != f([1, [2]])"),
     "plain at heart": (
         KINDS,
         "assert counter == {'a': 2, 'b': 1} and ordered == {'a': 1} and default == {1: [2]} and number == 3",
@@ -389,11 +377,7 @@ HONEST = {
         "import asyncio\nassert asyncio.run(f(1)) == 8",
         "async def both(): return await f(1), await f(2)\nassert asyncio.run(both()) == (8, 9)",
     ),
-    "HumanEval": (
-        "from typing import List\ndef add(xs: List[float]) -> float:\n    return sum(xs)",
-        CHECK,
-        "check(add)",
-    ),
+    "HumanEval": ("from typing import List\ndef add(xs: List[float]) -> float:\n    return sum(xs)", CHECK, "check(add)"),
     "called like a builtin": ("def sum(a, b): return a + b", "assert sum(10, 15) == 25"),
     "a test that prints": (F, "print('[0, false, \"x\"]', flush=True)", *T),
     "a pool of threads": (POOL, "assert f(1) == 9"),
@@ -409,8 +393,7 @@ def test_honest_program_passes(name):
 
 def test_reason_shows_the_line_that_failed():
     assert (
-        run("def f(x): return 3", CHECK, "check(f)").reason
-        == 'assertion failed: assert abs(candidate([.5]) - .5) < 1e-6, "close"'
+        run("def f(x): return 3", CHECK, "check(f)").reason == 'assertion failed: assert abs(candidate([.5]) - .5) < 1e-6, "close"'
     )
     assert run("def f(x): return {}[x]", "f('a')") == Verdict(False, "error: KeyError: 'a'")
 
@@ -496,12 +479,7 @@ def test_where_the_kernel_refuses(tmp_path):
     column = os.uname().machine == "aarch64"
     code = REFUSE.format(calls=[444, 445, 446, (317, 277)[column]], prctl=(157, 167)[column])
     names = "equals everything", "os._exit(0)", "memory bomb, one gulp", "endless, except BaseException"
-    jobs = [
-        (F, T),
-        *map(attack, names),
-        (f"open({str(victim)!r}, {'w' if os.geteuid() == 0 else 'r'!r})", ["pass"]),
-        (F, T),
-    ]
+    jobs = [(F, T), *map(attack, names), (f"open({str(victim)!r}, {'w' if os.geteuid() == 0 else 'r'!r})", ["pass"]), (F, T)]
     code += import_from(Path(sandbox.__file__).parent)
     code += f"for v in sandbox.run_tests({jobs!r}, sandbox.{QUICK!r}): print(v.reason)\nprint(sandbox.describe())"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
