@@ -27,9 +27,7 @@ TEXTS = {
     "--data": "whose solved questions the contexts show: tiny, a .jsonl file, a benchmark (default: tiny for a tiny model)",
     "--html": "a file for a page: a card for each token with the five likeliest of student and teacher, and all prompts",
 }
-SETTINGS = (
-    "contexts demos context_reference agreement gamma stat divergence alpha clip w_contrast margin max_new_tokens"
-)
+SETTINGS = "contexts demos context_reference agreement gamma stat divergence alpha clip w_contrast margin max_new_tokens"
 SETTINGS = [*SETTINGS.split(), "max_prompt_tokens", "seed", "device", "dtype"]
 DEFAULTS = dict(contexts="3 with --data, else 0 = none", agreement="token", w_contrast="0.1 with a wrong reference")
 EPILOG = """questions of the tiny world, whose references are known:
@@ -49,24 +47,16 @@ def speaks_world(folder: str) -> bool:
 def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace, Config]:
     """What is asked, and the checked settings. What makes no sense ends the program with one line and code 2."""
     how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EPILOG, allow_abbrev=False)
-    parser = argparse.ArgumentParser(
-        "explain.py", "python explain.py [QUESTION] [--flag VALUE ...]", description, **how
-    )
+    parser = argparse.ArgumentParser("explain.py", "python explain.py [QUESTION] [--flag VALUE ...]", description, **how)
     parser.error = lambda message: parser.exit(2, f"explain.py: {message}\n")
-    utf8 = lambda text: text.encode("utf-8", "surrogateescape").decode(
-        "utf-8", "replace"
-    )  # a shell may hand over any bytes
+    utf8 = lambda text: text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # a shell may hand over any bytes
     ask = "what the model is asked; without one, you are asked, again and again"
     parser.add_argument("asked", nargs="?", type=utf8, metavar="QUESTION", help=ask)
     for name, help in TEXTS.items():
         parser.add_argument(name, type=utf8, metavar="TEXT", help=help)
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="of the model's own answer (default: 0 = greedy)"
-    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the model's own answer (default: 0 = greedy)")
     for f in (f for f in fields(Config) if f.name in SETTINGS):
-        kind = (
-            dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else dict(type=type(f.default))
-        )
+        kind = dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else dict(type=type(f.default))
         kind |= dict(choices=f.metadata["choices"]) if f.metadata["choices"] else {}
         tiny = f"; tiny world: {PRESETS['tiny'][f.name]}" if f.name in PRESETS["tiny"] else ""
         help = f"{f.metadata['help']} (default: {DEFAULTS.get(f.name, f.default)}{tiny})"

@@ -73,9 +73,9 @@ class Run:
 
 def task_of(cfg: Config) -> tuple[Task, dict]:
     """The data that a run asks for -> (Task, what was kept and dropped)."""
-    here = cfg.data == "tiny" or jsonl.is_file(cfg.data)
+    at_hand = cfg.data == "tiny" or jsonl.is_file(cfg.data)
     # Where nothing is trained, a hub's training data is not even downloaded.
-    train = cfg.train_size if here or cfg.steps or cfg.epochs else None
+    train = cfg.train_size if at_hand or cfg.steps or cfg.epochs else None
     return catalog.load_task(
         cfg.data, train_size=train, test_size=cfg.eval_size, wrong_references=cfg.wrong_references, seed=cfg.seed
     )
@@ -147,9 +147,7 @@ def start(cfg: Config, out: Path) -> Run:
     check_head(model, lm.vocab, chat_ids(lm.tokenizer, "1 + 1"))
     room = lm.context - cfg.max_new_tokens
     if room < 16:
-        raise ValueError(
-            f"--max-new-tokens {cfg.max_new_tokens} leaves no room in the model's context of {lm.context}: lower it"
-        )
+        raise ValueError(f"--max-new-tokens {cfg.max_new_tokens} leaves no room in the model's context of {lm.context}: lower it")
     cfg.max_prompt_tokens = min(cfg.max_prompt_tokens, room)
     task.test, task.ood = (metrics.that_fit(lm, side, cfg.max_new_tokens) for side in (task.test, task.ood))
     if not task.test:

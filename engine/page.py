@@ -61,11 +61,7 @@ def fit(text: str, width: int) -> str:
 def title_of(x) -> list[tuple[str, str]]:
     """(name, text) of what stands above the tokens."""
     verdict = {True: "right answer", False: "wrong answer", None: "answer"}[x.correct]
-    rows = [
-        ("question", x.example.question),
-        ("reference", x.example.reference),
-        ("wrong reference", x.example.negative),
-    ]
+    rows = [("question", x.example.question), ("reference", x.example.reference), ("wrong reference", x.example.negative)]
     return [*(row for row in rows if row[1]), (verdict, x.answer)]
 
 
@@ -78,9 +74,7 @@ def columns_of(x) -> list[tuple[str, str, list[str]]]:
         out.append(("C", meaning, [number(t.contrast) for t in x.tokens]))
     readings = zip(*(t.contexts if k <= 4 else (min(t.contexts), max(t.contexts)) for t in x.tokens), strict=True)
     for i, some in enumerate(readings):
-        meaning = (
-            f"log-prob of the token under context {i + 1}" if k <= 4 else f"{('lowest', 'highest')[i]} of {k} contexts"
-        )
+        meaning = f"log-prob of the token under context {i + 1}" if k <= 4 else f"{('lowest', 'highest')[i]} of {k} contexts"
         out.append((f"l{i + 1}" if k <= 4 else ("low", "high")[i], meaning, [number(logp, 2) for logp in some]))
     if k:
         meaning = f"agreement weight, eq. 2, gamma {x.cfg.gamma:g}: smaller where they differ"
@@ -94,11 +88,7 @@ def sums_of(x) -> list[tuple[str, str, str]]:
     remark = f"w from {min(weights):.3f} to {max(weights):.3f}" if x.tokens[0].contexts else "no contexts: w is 1"
     remark += f"; {sum(t.div > clip for t in x.tokens)} clipped at {clip:g}" if clip else ""
     rows = [("mean D", f"nats a token, {len(x.tokens)} tokens"), ("weighted mean D", remark)]
-    rows += [
-        ("mean contrast", f"margin {x.cfg.margin:g}"),
-        ("mean match", "features, eq. 6"),
-        ("mean nll", "cross-entropy"),
-    ]
+    rows += [("mean contrast", f"margin {x.cfg.margin:g}"), ("mean match", "features, eq. 6"), ("mean nll", "cross-entropy")]
     terms = [(x.cfg.w_div, "weighted mean D"), (x.cfg.w_contrast, "mean contrast")]
     terms += [(x.cfg.w_match, "mean match"), (x.cfg.w_nll, "mean nll")]
     how = " + ".join(f"{w:g} * {x.sums[name]:.6f}" for w, name in terms if w)
@@ -154,11 +144,7 @@ def html_page(x) -> str:
     name, text, num = ("<th>{}".format, "<td>{}".format, '<td class="n">{}'.format)
 
     def card(i: int, t) -> str:
-        facts = [
-            ("token", f"{i + 1} of {len(x.tokens)}"),
-            ("student", chance(t.student)),
-            ("teacher", chance(t.teacher)),
-        ]
+        facts = [("token", f"{i + 1} of {len(x.tokens)}"), ("student", chance(t.student)), ("teacher", chance(t.teacher))]
         facts += [(title, cells[i]) for title, _, cells in columns]
         out = f"<b>{say(t.text)}</b>" + "".join(f"<span><i>{title}</i> {value}</span>" for title, value in facts)
         out = f'<span class="facts">{out}</span>'
@@ -181,9 +167,7 @@ def html_page(x) -> str:
     for i, t in enumerate(x.tokens):
         top, p = t.top_teacher[0]
         cells = [chance(p), *(cells[i] for _, _, cells in columns)]
-        lines.append(
-            [text(say(t.text)), num(chance(t.student)), num(chance(t.teacher)), text(say(top)), *map(num, cells)]
-        )
+        lines.append([text(say(t.text)), num(chance(t.student)), num(chance(t.teacher)), text(say(top)), *map(num, cells)])
     return Template(PAGE.read_text(encoding="utf-8")).substitute(
         title=escape(visible(x.example.question)),
         head=rows([name(title), text(paragraphs(value))] for title, value in title_of(x)),

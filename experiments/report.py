@@ -72,7 +72,7 @@ METRICS = {  # name in a rule -> key of a run's numbers, how a difference is pri
 
 BUDGET = {"star-no-agreement": 0.0, "budget-10": 0.1, "budget-25": 0.25, "budget-50": 0.5, "unisd-star": 1.0}
 KINDS = {  # what a row is -> rows, colour, marker
-    "baseline": ("sft ssd sdft gkd opsd".split(), INK[1], "s"),
+    "baseline": ("sft sft-worked ssd sdft gkd opsd".split(), INK[1], "s"),
     "plain self-distillation": (["sd"], "black", "D"),
     "one mechanism": ("agree-token agree-seq ema contrast match match-repr clip".split(), INK[0], "o"),
     "UniSD*": (["unisd-star"], INK[2], "*"),

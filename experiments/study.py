@@ -70,7 +70,7 @@ FULL: dict[str, list[str]] = {  # the full study: what fits into 3 hours on 2 co
     "hot": ["sft", "sd"],
 }
 # About how long a run takes, seconds of one core (AMD EPYC); the others: see expected().
-SECONDS = {"raw": 10, "sft": 60, "ssd": 90, "star-no-agreement": 125}
+SECONDS = {"raw": 10, "sft": 60, "sft-worked": 60, "ssd": 90, "star-no-agreement": 125}
 # Two-sided 95 % quantiles of Student's t for 1 ... 9 degrees of freedom: with few seeds the normal 1.96 would be far
 # too sure.
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)

@@ -75,18 +75,14 @@ def test_every_number_is_that_of_a_direct_forward_pass(wide):
     pool = [e for e in TASK.train if e.task == "sum"]
     dice = random.Random("0-60")
     demos = [dice.sample(pool, 1)[0] for _ in range(3)]
-    said = [
-        direct(wide, message(f"example: {d.question}\nanswer: {d.demo}\nnow: 89+72\nhint: 161"), ids) for d in demos
-    ]
+    said = [direct(wide, message(f"example: {d.question}\nanswer: {d.demo}\nnow: 89+72\nhint: 161"), ids) for d in demos]
     own = torch.arange(len(ids)), torch.tensor(ids)
     div = (teacher.exp() * (teacher - student)).sum(-1)
     contrast = (0.5 + (student[own] - teacher[own]).abs() - (student[own] - wrong[own]).abs()).clamp(min=0)
     readings = torch.stack([r[own] for r in said])
     delta = ((readings - readings.mean(0)) ** 2).sum(0) / 2
     w = 1 / (1 + (delta / delta.quantile(0.95)).clamp(max=10))
-    close = lambda found, want: torch.testing.assert_close(
-        torch.tensor(found, dtype=torch.float64), want, rtol=0, atol=1e-11
-    )
+    close = lambda found, want: torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), want, rtol=0, atol=1e-11)
     close([t.student for t in x.tokens], student[own].exp())
     close([t.teacher for t in x.tokens], teacher[own].exp())
     close([t.div for t in x.tokens], div)
@@ -133,8 +129,6 @@ def test_the_loss_is_the_objectives(lm, settings):
     assert sum(float(w) * float(v) for w, v in terms) == pytest.approx(loss.item(), abs=2e-6)
     assert len(terms) == sum(map(bool, (cfg.w_div, cfg.w_contrast, cfg.w_match, cfg.w_nll)))
     assert ("clipped at 0.5" in table(x)) == bool(cfg.clip)
-        "clipped at 0.5" in table(x)
-    ) == bool(cfg.clip)
 
 
 def test_the_prompts_are_trainings(lm):
@@ -167,9 +161,7 @@ def test_without_more_it_is_plain_self_distillation_on_the_greedy_answer(lm):
     assert all(t.student == t.top_student[0][1] for t in x.tokens)  # greedy
 
 
-@pytest.mark.parametrize(
-    "settings", [dict(recipe="sft"), dict(clip_quantile=0.9), dict(context_kind="retrieval")]
-)
+@pytest.mark.parametrize("settings", [dict(recipe="sft"), dict(clip_quantile=0.9), dict(context_kind="retrieval")])
 def test_what_cannot_be_shown_is_refused(lm, settings):
     with pytest.raises(ValueError, match="--w-div above 0, --clip-quantile 0 and --context-kind random"):
         explain(lm, SUM, WRITTEN, task=TASK, cfg=make(**{"recipe": "agree-token"} | settings))
@@ -239,15 +231,8 @@ def test_what_is_known_and_what_is_given():
 
 def test_a_model_of_the_world_is_known_by_its_vocabulary(lm, tmp_path):
     lm.tokenizer.save_pretrained(tmp_path)
-    assert (
-        speaks_world(TINY)
-        and speaks_world(tmp_path)
-        and not speaks_world(tmp_path / "none")
-        and not speaks_world("Qwen")
-    )
-    lm.tokenizer.__class__.from_pretrained(TINY).train_new_from_iterator(["other words"], 300).save_pretrained(
-        tmp_path / "b"
-    )
+    assert speaks_world(TINY) and speaks_world(tmp_path) and not speaks_world(tmp_path / "none") and not speaks_world("Qwen")
+    lm.tokenizer.__class__.from_pretrained(TINY).train_new_from_iterator(["other words"], 300).save_pretrained(tmp_path / "b")
     assert not speaks_world(tmp_path / "b")
 
 
@@ -275,22 +260,9 @@ def test_the_table_fits_and_its_columns_stand_below_each_other(lm, width, k):
 
 
 def test_tokens_are_shown_safely():
-    assert [printable(s) for s in ("a", " a", "", "\n", "\x1b[0m", "é中")] == [
-        "a",
-        "' a'",
-        "''",
-        r"\n",
-        r"\x1b[0m",
-        "é中",
-    ]
+    assert [printable(s) for s in ("a", " a", "", "\n", "\x1b[0m", "é中")] == ["a", "' a'", "''", r"\n", r"\x1b[0m", "é中"]
     assert printable("é😀", "ascii") == r"\xe9\U0001f600" and printable("\udc80") == r"\udc80"
-    assert [fit(s, 4) for s in ("ab", "abcdef", "中文字", "e\u0301", "é中文")] == [
-        "ab  ",
-        "abc~",
-        "中~ ",
-        "e\u0301   ",
-        "é中~",
-    ]
+    assert [fit(s, 4) for s in ("ab", "abcdef", "中文字", "e\u0301", "é中文")] == ["ab  ", "abc~", "中~ ", "e\u0301   ", "é中~"]
     assert [number(x) for x in (0.1234, 12.347, 123.47, -0.5, -1e-9)] == ["0.123", "12.35", "123.5", "-0.500", "0.000"]
 
 
@@ -422,10 +394,7 @@ def test_a_talk_with_another_model_has_no_references(command_with, monkeypatch, 
         (["89+72", "--model", "no/such"], "--reference is needed"),
         (["89+72", "--reference", "161", "--model", "./none"], "--model ./none: there is no folder ./none"),
         (["89+72", "--base", "./none"], "--model ./none: there is no folder"),
-        (
-            ["89+72", "--reference", "161", "--model", "no/such", "--contexts", "3"],
-            "--contexts 3 needs solved examples",
-        ),
+        (["89+72", "--reference", "161", "--model", "no/such", "--contexts", "3"], "--contexts 3 needs solved examples"),
         (["89+72", "--contexts", "1"], "--contexts 1 with --agreement token"),
         (["89+72", "--contexts", "-1"], "--contexts -1 is negative"),
         (["89+72", "--contexts", "x"], "argument --contexts: invalid int value: 'x'"),
@@ -468,10 +437,7 @@ def test_a_base_with_other_tokens_is_refused(lm, monkeypatch, capsys):
 def test_a_stop_and_a_full_device_are_one_line(lm, monkeypatch, capsys):
     monkeypatch.setattr("engine.asking.load", lambda name, device: lm)
     monkeypatch.setattr(Config, "train_size", 20)
-    for error, code, message in (
-        (KeyboardInterrupt, 130, "stopped"),
-        (torch.OutOfMemoryError, 2, "lower --max-new-tokens"),
-    ):
+    for error, code, message in ((KeyboardInterrupt, 130, "stopped"), (torch.OutOfMemoryError, 2, "lower --max-new-tokens")):
 
         def fail(*_, error=error):
             raise error
