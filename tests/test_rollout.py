@@ -10,9 +10,10 @@ from conftest import ROWS, VOCAB, small_model
 from torch.testing import assert_close
 
 from engine import rollout
-from engine.reading import head_of, read, sampled_logps
+from engine.head import head_of, sampled_logps
 from engine.rollout import TINY, Loaded, completion_mask, decode, end_ids, generate, left_pad, load, turn_end
 from tasks.data import chat_ids
+from unisd import read
 
 CPU = torch.device("cpu")
 
