@@ -81,9 +81,7 @@ def draw(path: Path) -> None:
         axis.text(loss + 0.18, y + HIGH - 0.5, what, fontsize=9, color=INK, va="top", linespacing=1.3)
         axis.text(loss + 3.12, y + HIGH - 0.16, step, fontsize=10, color=GREY, va="top", ha="right")
     axis.plot((loss + 0.18, loss + 3.12), (0.95, 0.95), color=INK, lw=0.8)
-    axis.text(
-        loss + 0.18, 0.58, "loss = weight × divergence\n   + contrast + matching", fontsize=9.5, color=INK, va="center"
-    )
+    axis.text(loss + 0.18, 0.58, "loss = weight × divergence\n   + contrast + matching", fontsize=9.5, color=INK, va="center")
 
     # 5 update: one reading has a gradient
     blue, up, over = READINGS[0][-1], (loss + right) / 2 + 2.4, 6.0

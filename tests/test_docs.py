@@ -44,9 +44,7 @@ each = pytest.mark.parametrize("page", ALL)
 @pytest.fixture(scope="module")
 def lm():
     """The embedded model by transformers alone: .model, .tokenizer."""
-    return SimpleNamespace(
-        model=AutoModelForCausalLM.from_pretrained(ASSET).eval(), tokenizer=AutoTokenizer.from_pretrained(ASSET)
-    )
+    return SimpleNamespace(model=AutoModelForCausalLM.from_pretrained(ASSET).eval(), tokenizer=AutoTokenizer.from_pretrained(ASSET))
 
 
 def outside_code(text):
@@ -178,9 +176,7 @@ def same(got, shown):
     number = r"-?\d+(?:\.\d+)?"
     assert re.sub(number, "#", got) == re.sub(number, "#", shown), f"{got}\n  shown is\n{shown}"
     for a, b in zip(re.findall(number, got), re.findall(number, shown), strict=True):
-        assert abs(float(a) - float(b)) <= 2.1 * 10 ** -len(b.partition(".")[2]) * ("." in b), (
-            f"{got}\n  shown is\n{shown}"
-        )
+        assert abs(float(a) - float(b)) <= 2.1 * 10 ** -len(b.partition(".")[2]) * ("." in b), f"{got}\n  shown is\n{shown}"
 
 
 @pytest.mark.parametrize(("command", "output"), SHOWN, ids=range(1, len(SHOWN) + 1))
@@ -308,9 +304,7 @@ def test_what_the_picture_says_is_what_the_model_says(lm):
     """The answer in docs/figures/idea.png is the untouched model's, and so are the words and probabilities of its readings."""
     from experiments import idea
 
-    def rows(
-        prompt, answer
-    ):  # -> probabilities of the token after each token of the answer, the prompt's last included
+    def rows(prompt, answer):  # -> probabilities of the token after each token of the answer, the prompt's last included
         ids = chat_ids(lm.tokenizer, prompt)
         tokens = torch.tensor([ids + lm.tokenizer(answer, add_special_tokens=False)["input_ids"]])
         with torch.no_grad():

@@ -43,9 +43,7 @@ def commands(text):
 
 
 OURS = commands(README)
-OTHERS = [
-    c for text in (*(DOCS[page] for page in HOWTO), (ROOT / "tasks/README.md").read_text()) for c in commands(text)
-]
+OTHERS = [c for text in (*(DOCS[page] for page in HOWTO), (ROOT / "tasks/README.md").read_text()) for c in commands(text)]
 
 
 def run(command, folder):
@@ -114,11 +112,7 @@ def test_every_named_thing_exists():
     known = "".join(path.read_text() for path in scripts)
     settings = {f"--{f.name.replace('_', '-')}" for f in fields(Config)} | {"--nproc-per-node", "--nnodes"}
     for page, text in {"README.md": README, **{page: DOCS[page] for page in HOWTO}}.items():
-        for flag in set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", text)) - {
-            "--help",
-            "--index-url",
-            "--shutdown-timeout",
-        }:
+        for flag in set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", text)) - {"--help", "--index-url", "--shutdown-timeout"}:
             field = f"--{flag[2:].removeprefix('no-')}"
             assert field in settings or f'"{flag}"' in known, f"{page}: {flag}"
 
