@@ -28,7 +28,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from engine import metrics
+from engine import any_console, metrics
 from engine.config import saved_settings
 from engine.rollout import Loaded, choose_device, load
 from tasks.catalog import load_task
@@ -161,6 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="matmul precision")
     parser.add_argument("--out", default="", help="folder for eval.json, eval.md, eval.png and the answers ('' = only print)")
     args = parser.parse_args(argv)
+    any_console()
     warnings.formatwarning = lambda message, *_, **__: f"eval.py: {message}\n"
     with tempfile.TemporaryDirectory() as scratch:
         try:

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from engine import contexts
-from engine.asking import parse, speaks_world
+from engine.asking import load_models, parse, speaks_world
 from engine.config import Config, make
-from engine.head import Head, check_head, chunked_objective, chunks, head_of
+from engine.head import Head, chunked_objective, chunks, head_of
 from engine.page import printable, show
-from engine.rollout import Loaded, choose_device, decode, generate, load, turn_end
+from engine.rollout import Loaded, decode, generate, turn_end
 from losses import clip_tokens, token_logps
 from tasks import world
 from tasks.catalog import load_task
@@ -60,7 +60,7 @@ class Explained:
     answer: str
     correct: bool | None  # None: nobody can judge it
     tokens: list[Token]
-    sums: dict[str, float]  # "mean D", "weighted mean D", "mean contrast" and "loss", which is eq. 1
+    sums: dict[str, float]  # "mean D", "weighted mean D", "mean contrast" ..., and "loss", which is eq. 1
     prompts: dict[str, str]  # reader -> its whole prompt, special tokens included
     cfg: Config
 
@@ -128,8 +128,9 @@ def read_by_all(lm: Loaded, base: Loaded, prompts: dict, ids: Tensor, cfg: Confi
         columns[who], columns[f"top_{who}"] = likeliest(lm, seen, h, ids[0], cfg.distill_temperature)
     sums = {"mean D": tokens.plain_share @ value["div"], "loss": loss}
     sums["weighted mean D"] = tokens.share @ clip_tokens(value["div"], tokens.ceiling)
-    if cfg.w_contrast:
-        sums["mean contrast"] = tokens.plain_share @ value["contrast"]
+    for name in ("contrast", "match", "nll"):
+        if vars(cfg)[f"w_{name}"]:
+            sums[f"mean {name}"] = tokens.plain_share @ value[name]
     return columns, {name: x.item() for name, x in sums.items()}
 
 
@@ -159,8 +160,8 @@ def prompts_of(lm: Loaded, example: Example, task: Task, cfg: Config) -> dict:
     room, n = lm.context - cfg.max_new_tokens, cfg.max_new_tokens
     if room < 16:
         raise ValueError(f"--max-new-tokens {n} leaves no room in the model's context of {lm.context}: lower it")
-    if cfg.uses_agreement and cfg.context_kind != "random":
-        raise ValueError(f"context kind {cfg.context_kind} needs what a run has prepared: only random ones can be looked into")
+    if not cfg.w_div or cfg.clip_quantile or (cfg.uses_agreement and cfg.context_kind != "random"):
+        raise ValueError("what can be shown has --w-div above 0, --clip-quantile 0 and --context-kind random")
     # Demonstrations are drawn by seed and place, so a training question must stand in its own place.
     i = next((i for i, e in enumerate(task.train) if e.question == example.question), len(task.train))
     task = replace(task, train=[*task.train[:i], example, *task.train[i + 1 :]])
@@ -209,16 +210,7 @@ def run(argv: list[str] | None) -> int:
     sizes = (Config.train_size, 1) if args.data == "tiny" else (0, 0)
     task = load_task(args.data, train_size=sizes[0], test_size=sizes[1], seed=cfg.seed)[0] if args.data else None
     example = None if args.question is None else example_for(args.question.strip(), args.reference, args.wrong, task)
-    device, dtype, _ = choose_device(cfg.device, cfg.dtype)
-    lm = load(args.model, device)
-    base = load(args.base, device) if args.base else lm
-    for model in (lm, base):
-        model.dtype = dtype
-        check_head(model.model, model.vocab, chat_ids(model.tokenizer, "1 + 1"))
-    if base.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
-        raise ValueError(f"--base {args.base} and --model {args.model} have different tokens: they cannot be compared")
-    if "max_new_tokens" not in args:
-        cfg.max_new_tokens = min(cfg.max_new_tokens, lm.context // 2)
+    lm, base = load_models(args, cfg)
     if example:
         answer = args.answer or write(lm, chat_ids(lm.tokenizer, example.question), cfg, args.temperature)
         show(explain(lm, example, answer, task=task, cfg=cfg, base=base), args.html)

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine import checkpoint, parallel, plan
+from engine import any_console, checkpoint, parallel, plan
 from engine.adaptive import divergence_before, least_certain, uncertainty
 from engine.build import Run, start
 from engine.config import SETTINGS, Config, default_out, parse
@@ -240,6 +240,7 @@ def cli(argv: list[str] | None = None) -> int:
     """`python train.py ...`: one clear line instead of a traceback for everything a user can fix. -> the exit code: 130 for
     a run that was stopped, so that what follows in a script does not take it for finished.
     """
+    any_console()
     warnings.formatwarning = lambda message, *_, **__: f"train.py: {message}\n"
     try:
         with parallel.one_voice():

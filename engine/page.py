@@ -88,8 +88,9 @@ def sums_of(x) -> list[tuple[str, str, str]]:
     remark = f"w from {min(weights):.3f} to {max(weights):.3f}" if x.tokens[0].contexts else "no contexts: w is 1"
     remark += f"; {sum(t.div > clip for t in x.tokens)} clipped at {clip:g}" if clip else ""
     rows = [("mean D", f"nats a token, {len(x.tokens)} tokens"), ("weighted mean D", remark)]
-    rows.append(("mean contrast", f"margin {x.cfg.margin:g}"))
+    rows += [("mean contrast", f"margin {x.cfg.margin:g}"), ("mean match", "features, eq. 6"), ("mean nll", "cross-entropy")]
     terms = [(x.cfg.w_div, "weighted mean D"), (x.cfg.w_contrast, "mean contrast")]
+    terms += [(x.cfg.w_match, "mean match"), (x.cfg.w_nll, "mean nll")]
     how = " + ".join(f"{w:g} * {x.sums[name]:.6f}" for w, name in terms if w)
     rows.append(("loss", f"= {how} (eq. 1)"))
     return [(name, f"{x.sums[name]:.6f}", remark) for name, remark in rows if name in x.sums]

@@ -1,14 +1,13 @@
 """rollout.py - a model that answers: load it, sample from it, and know where an answer ends.
 
-What: on-policy completions y ~ p_student(. | x). Going on token by token is the library's job (Hugging Face `generate`
-with its KV cache); which token is drawn is ours (sampling.py), and so is what is easy to get wrong:
+On-policy completions y ~ p_student(. | x): a model that learns from its own answers needs answers that are really its own.
+How a batch is continued and a token drawn is in sampling.py; here is what is easy to get wrong around it:
   - the completion mask is 1 up to and *including* the first end-of-text token, whatever the pad token is. `ids != pad`
   would unlearn stopping for every model whose pad token is its end token.
   - *every* end-of-text id counts, those of the generation config included (Gemma ends a turn with an id its tokenizer
   does not call eos).
   - a hub model's own sampling defaults (top-p, repetition penalty) are switched off: they would make the samples
   off-policy.
-How a batch is continued and a token drawn is in sampling.py.
 
 Depends on torch, transformers, sampling.py, parallel.py.   Try it:  python -m pytest tests/test_rollout.py -q
 Shapes: B prompts, T new tokens.
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from engine.parallel import ALONE, Alone
-from engine.sampling import ENGINES, Draw, answering
+from engine.sampling import Draw, answering, continue_rows
 
 transformers.utils.logging.disable_progress_bar()  # loading half a second of weights needs no bar
 
@@ -43,9 +42,11 @@ SHORT = {  # short names; the id they stand for is printed and saved
 
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, str, str]:
-    """Device and matmul precision, once. -> (device, "fp32" or "bf16", one line with the reasons).
+    """Device and matmul precision, once. -> (device, "fp32", "bf16" or "fp16", one line with the reasons).
 
-    Raises ValueError if a CUDA device was asked for and none is there.
+    auto takes a CUDA device where there is one, and else the CPU. Apple's GPU (mps) must be asked for, and fp16 is chosen
+    only for a CUDA card without bf16 (a T4): neither has been measured.
+    Raises ValueError if the device that was asked for is not there.
     """
     reason = why = "given"
     if device == "auto":
@@ -53,15 +54,22 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, str, str]:
     try:
         place = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"--device {device} does not exist; use auto, cpu, cuda or cuda:1") from error
-    if place.type not in ("cpu", "cuda"):  # Apple's has no float64, which drawing a token needs
-        raise ValueError(f"--device {device} is not supported; use auto, cpu, cuda or cuda:1")
+        raise ValueError(f"--device {device} does not exist; use auto, cpu, cuda, cuda:1 or mps") from error
+    if place.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {device} is not supported; use auto, cpu, cuda, cuda:1 or mps")
     if place.type == "cuda" and (not torch.cuda.is_available() or (place.index or 0) >= torch.cuda.device_count()):
         raise ValueError(f"--device {device}: no such CUDA device; there are {torch.cuda.device_count()}; use cpu or auto")
+    if place.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"--device {device}: this machine or this build of torch has no Apple GPU; use cpu or auto")
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
     if dtype == "auto":
-        bf16 = place.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype, why = ("bf16", "weights stay fp32") if bf16 else ("fp32", "bf16 would not be faster here")
+        dtype, why = "fp32", "bf16 would not be faster here"
+        if place.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+            dtype, why = "bf16", "weights stay fp32"
+        elif place.type == "cuda" and torch.cuda.get_device_capability(place) >= (7, 0):  # fp16 tensor cores
+            dtype, why = "fp16", "weights stay fp32; this card has no bf16"
+    why += "; not measured" * (dtype == "fp16")
+    reason += "; not measured" * (place.type == "mps")
     return place, dtype, f"device {place} ({name}: {reason}) | matmul {dtype} ({why})"
 
 
@@ -77,17 +85,17 @@ class Loaded:
     vocab: int
     name: str  # the resolved hub id or folder
     adapter: nn.Module | None = None  # peft's wrapper around `model` where LoRA factors are trained
-    dtype: str = "fp32"  # matmul precision, "fp32" or "bf16"; the weights themselves stay what they are
+    dtype: str = "fp32"  # matmul precision, "fp32", "bf16" or "fp16"; the weights themselves stay what they are
     sample_batch: int = 256  # prompts answered together
-    engine: str = "compact"  # how: sampling.ENGINES
     hashed: tuple = ()  # metrics.fingerprint's memory
     ranks: Alone = ALONE  # the processes that share the answering
 
     def autocast(self):
-        """bf16 matmuls on fp32 weights, where chosen; nothing otherwise. Leave it before weights are swapped: it caches
-        casts.
+        """Matmuls in bf16 or fp16 on fp32 weights, where chosen; nothing otherwise. Leave it before weights are swapped:
+        it caches casts.
         """
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bf16")
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.dtype)
+        return torch.autocast(self.device.type, dtype=half, enabled=half is not None)
 
     def add_lora(self, rank: int, alpha: int, dropout: float) -> None:
         """Freeze the weights and train LoRA factors beside the attention and MLP projections. Raises ValueError without
@@ -191,10 +199,6 @@ def generate(
             f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the model's context of {lm.context}: "
             "lower --max-new-tokens, or shorten the prompts with --max-prompt-tokens"
         )
-    if lm.dtype == "bf16" and lm.engine != "compact":
-        raise ValueError(
-            f"--engine {lm.engine} with --dtype bf16: it does not see autocast's types; use --engine compact or --dtype fp32"
-        )
     if temperature > 0 and noise is None:
         noise = torch.rand(len(prompts), max_new_tokens)
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.eos[0]
@@ -210,7 +214,7 @@ def generate(
             ids, mask = left_pad([prompts[i] for i in batch], lm.device)
             drawn = noise[batch].to(lm.device) if temperature > 0 else None
             draw = Draw(lm.vocab, ids.shape[1], temperature, drawn)
-            written, computed = ENGINES[lm.engine](lm.model, ids, mask, config, draw)
+            written, computed = continue_rows(lm.model, ids, mask, config, draw)
             rows.update(zip(batch, written, strict=True))
             decoded += computed
     ids, _ = right_pad([rows[i].tolist() for i in range(len(prompts))], lm.device, fill=pad)
@@ -257,7 +261,7 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False, use_safetensors=True)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise ValueError(explain_missing(name, where, error)) from error
     eos, vocab, rows = end_ids(model, tokenizer), len(tokenizer), model.get_input_embeddings().weight.shape[0]
     if not tokenizer.chat_template:
@@ -294,7 +298,7 @@ def explain_missing(name: str, where: str, error: Exception) -> str:
         return f"--model {name}: the folder {where} does not hold a usable Hugging Face checkpoint ({text.splitlines()[0]})"
     if where == str(TINY):
         return "--model tiny: tasks/tiny-base is missing; build it with `python -m tasks.tiny`"
-    if where.startswith((".", "~", os.sep)):
+    if where.startswith((".", "~")) or os.path.isabs(where):
         return f"--model {name}: there is no folder {where}"
     if "gated" in text.lower() or "401" in text or "403" in text:
         return f"--model {name}: {where} is gated; accept its licence on its hub page, then run `hf auth login`"

@@ -73,8 +73,6 @@ def example_for(question: str, reference: str | None, wrong: str | None, task: T
     if not (known or reference):
         whose = f"{question[:60]!r} is no question of {task.name}" if task else "only you know the solution"
         more = " (explain.py --help shows some)" if task and task.name == "tiny" else ""
-        raise ValueError(
-            f"{whose}{more}: --reference is needed, a solution that the teacher sees and the student does not"
-        )
+        raise ValueError(f"{whose}{more}: --reference is needed, a solution that the teacher sees and the student does not")
     known = known or Example("new", question, reference)
     return replace(known, reference=reference or known.reference, negative=known.negative if wrong is None else wrong)

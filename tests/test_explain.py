@@ -28,7 +28,7 @@ from explain import explain
 from tasks import world
 from tasks.data import Example, Task, chat_ids
 from tasks.recognise import example_for, example_of, recognise
-from unisd import Batch, objective, read, score_teachers, tokens_of, weigh
+from unisd import Batch, feature_matching, objective, read, score_teachers, tokens_of, weigh
 
 CPU = torch.device("cpu")
 TASK = world.load(60, 1)
@@ -49,7 +49,7 @@ def wide():
 @pytest.fixture
 def command_with(lm, monkeypatch):
     """The command, with a small training set and the model already loaded."""
-    monkeypatch.setattr(command, "load", lambda name, device: lm)
+    monkeypatch.setattr("engine.asking.load", lambda name, device: lm)
     monkeypatch.setattr(Config, "train_size", 60)
     return lambda *argv: command.main([*argv, "--device", "cpu"])
 
@@ -75,18 +75,14 @@ def test_every_number_is_that_of_a_direct_forward_pass(wide):
     pool = [e for e in TASK.train if e.task == "sum"]
     dice = random.Random("0-60")
     demos = [dice.sample(pool, 1)[0] for _ in range(3)]
-    said = [
-        direct(wide, message(f"example: {d.question}\nanswer: {d.demo}\nnow: 89+72\nhint: 161"), ids) for d in demos
-    ]
+    said = [direct(wide, message(f"example: {d.question}\nanswer: {d.demo}\nnow: 89+72\nhint: 161"), ids) for d in demos]
     own = torch.arange(len(ids)), torch.tensor(ids)
     div = (teacher.exp() * (teacher - student)).sum(-1)
     contrast = (0.5 + (student[own] - teacher[own]).abs() - (student[own] - wrong[own]).abs()).clamp(min=0)
     readings = torch.stack([r[own] for r in said])
     delta = ((readings - readings.mean(0)) ** 2).sum(0) / 2
     w = 1 / (1 + (delta / delta.quantile(0.95)).clamp(max=10))
-    close = lambda found, want: torch.testing.assert_close(
-        torch.tensor(found, dtype=torch.float64), want, rtol=0, atol=1e-11
-    )
+    close = lambda found, want: torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), want, rtol=0, atol=1e-11)
     close([t.student for t in x.tokens], student[own].exp())
     close([t.teacher for t in x.tokens], teacher[own].exp())
     close([t.div for t in x.tokens], div)
@@ -107,12 +103,13 @@ def test_every_number_is_that_of_a_direct_forward_pass(wide):
     [
         dict(),
         dict(divergence="reverse", clip=0.5),
+        dict(recipe="unisd-star", w_nll=0.2),
         dict(divergence="jsd", alpha=0.3, agreement="sequence", stat="range"),
         dict(agreement="token", contexts=4, gamma=5.0, w_contrast=0.3, margin=1.0, context_reference=False),
     ],
 )
 def test_the_loss_is_the_objectives(lm, settings):
-    cfg = make("sd", **settings)
+    cfg = make(**{"recipe": "sd"} | settings)
     x = explain(lm, SUM, WRITTEN, task=TASK, cfg=cfg)
     p = command.prompts_of(lm, SUM, TASK, cfg)
     ids = torch.tensor([[*lm.tokenizer(WRITTEN)["input_ids"], lm.eos[0]]])
@@ -122,13 +119,16 @@ def test_the_loss_is_the_objectives(lm, settings):
     with torch.no_grad():  # as train.py does it: packed readings, and eq. 1 on whole tensors
         scores = score_teachers(PackedReader(lm.model, head, batch, 1024), batch, cfg)
         tokens = tokens_of(batch, scores, weigh(batch.mask, cfg, scores.contexts), cfg.clip or None)
-        loss, _ = objective(head(read(lm.model, batch.student, ids, batch.mask)), head(scores.states), tokens, cfg)
+        states = read(lm.model, batch.student, ids, batch.mask)
+        loss = objective(head(states), head(scores.states), tokens, cfg)[0]
+        loss += feature_matching(states, scores.states, tokens, cfg)[0]
     assert x.sums["loss"] == pytest.approx(loss.item(), abs=1e-6)
     last = next(line for line in table(x).splitlines() if line.startswith("loss"))
     assert float(last.split()[1]) == pytest.approx(loss.item(), abs=2e-6)
     terms = re.findall(r"([\d.]+) \* ([\d.]+)", last)
     assert sum(float(w) * float(v) for w, v in terms) == pytest.approx(loss.item(), abs=2e-6)
-    assert len(terms) == 1 + bool(cfg.w_contrast) and ("clipped at 0.5" in table(x)) == bool(cfg.clip)
+    assert len(terms) == sum(map(bool, (cfg.w_div, cfg.w_contrast, cfg.w_match, cfg.w_nll)))
+    assert ("clipped at 0.5" in table(x)) == bool(cfg.clip)
 
 
 def test_the_prompts_are_trainings(lm):
@@ -159,6 +159,12 @@ def test_without_more_it_is_plain_self_distillation_on_the_greedy_answer(lm):
     assert all(t.contrast is None and not t.contexts and t.weight == 1.0 for t in x.tokens)
     assert x.sums["loss"] == x.sums["mean D"] == x.sums["weighted mean D"] and "mean contrast" not in x.sums
     assert all(t.student == t.top_student[0][1] for t in x.tokens)  # greedy
+
+
+@pytest.mark.parametrize("settings", [dict(recipe="sft"), dict(clip_quantile=0.9), dict(context_kind="retrieval")])
+def test_what_cannot_be_shown_is_refused(lm, settings):
+    with pytest.raises(ValueError, match="--w-div above 0, --clip-quantile 0 and --context-kind random"):
+        explain(lm, SUM, WRITTEN, task=TASK, cfg=make(**{"recipe": "agree-token"} | settings))
 
 
 def test_a_long_answer_is_read_in_pieces(lm):
@@ -225,15 +231,8 @@ def test_what_is_known_and_what_is_given():
 
 def test_a_model_of_the_world_is_known_by_its_vocabulary(lm, tmp_path):
     lm.tokenizer.save_pretrained(tmp_path)
-    assert (
-        speaks_world(TINY)
-        and speaks_world(tmp_path)
-        and not speaks_world(tmp_path / "none")
-        and not speaks_world("Qwen")
-    )
-    lm.tokenizer.__class__.from_pretrained(TINY).train_new_from_iterator(["other words"], 300).save_pretrained(
-        tmp_path / "b"
-    )
+    assert speaks_world(TINY) and speaks_world(tmp_path) and not speaks_world(tmp_path / "none") and not speaks_world("Qwen")
+    lm.tokenizer.__class__.from_pretrained(TINY).train_new_from_iterator(["other words"], 300).save_pretrained(tmp_path / "b")
     assert not speaks_world(tmp_path / "b")
 
 
@@ -261,22 +260,9 @@ def test_the_table_fits_and_its_columns_stand_below_each_other(lm, width, k):
 
 
 def test_tokens_are_shown_safely():
-    assert [printable(s) for s in ("a", " a", "", "\n", "\x1b[0m", "é中")] == [
-        "a",
-        "' a'",
-        "''",
-        r"\n",
-        r"\x1b[0m",
-        "é中",
-    ]
+    assert [printable(s) for s in ("a", " a", "", "\n", "\x1b[0m", "é中")] == ["a", "' a'", "''", r"\n", r"\x1b[0m", "é中"]
     assert printable("é😀", "ascii") == r"\xe9\U0001f600" and printable("\udc80") == r"\udc80"
-    assert [fit(s, 4) for s in ("ab", "abcdef", "中文字", "e\u0301", "é中文")] == [
-        "ab  ",
-        "abc~",
-        "中~ ",
-        "e\u0301   ",
-        "é中~",
-    ]
+    assert [fit(s, 4) for s in ("ab", "abcdef", "中文字", "e\u0301", "é中文")] == ["ab  ", "abc~", "中~ ", "e\u0301   ", "é中~"]
     assert [number(x) for x in (0.1234, 12.347, 123.47, -0.5, -1e-9)] == ["0.123", "12.35", "123.5", "-0.500", "0.000"]
 
 
@@ -408,10 +394,7 @@ def test_a_talk_with_another_model_has_no_references(command_with, monkeypatch, 
         (["89+72", "--model", "no/such"], "--reference is needed"),
         (["89+72", "--reference", "161", "--model", "./none"], "--model ./none: there is no folder ./none"),
         (["89+72", "--base", "./none"], "--model ./none: there is no folder"),
-        (
-            ["89+72", "--reference", "161", "--model", "no/such", "--contexts", "3"],
-            "--contexts 3 needs solved examples",
-        ),
+        (["89+72", "--reference", "161", "--model", "no/such", "--contexts", "3"], "--contexts 3 needs solved examples"),
         (["89+72", "--contexts", "1"], "--contexts 1 with --agreement token"),
         (["89+72", "--contexts", "-1"], "--contexts -1 is negative"),
         (["89+72", "--contexts", "x"], "argument --contexts: invalid int value: 'x'"),
@@ -433,7 +416,7 @@ def test_a_talk_with_another_model_has_no_references(command_with, monkeypatch, 
     ],
 )
 def test_refusals_are_one_line_and_code_2(argv, message, lm, monkeypatch, capsys):
-    monkeypatch.setattr(command, "load", lambda name, device: lm if name == "tiny" else load(name, device))
+    monkeypatch.setattr("engine.asking.load", lambda name, device: lm if name == "tiny" else load(name, device))
     monkeypatch.setattr(Config, "train_size", 20)
     try:
         code = command.main(argv if "--device" in argv else [*argv, "--device", "cpu"])
@@ -446,18 +429,15 @@ def test_refusals_are_one_line_and_code_2(argv, message, lm, monkeypatch, capsys
 def test_a_base_with_other_tokens_is_refused(lm, monkeypatch, capsys):
     other = load("tiny", CPU)
     other.tokenizer.add_tokens(["<new>"])
-    monkeypatch.setattr(command, "load", lambda name, device: lm if name == "tiny" else other)
+    monkeypatch.setattr("engine.asking.load", lambda name, device: lm if name == "tiny" else other)
     assert command.main(["89+72", "--base", "other", "--device", "cpu"]) == 2
     assert "--base other and --model tiny have different tokens" in capsys.readouterr().err
 
 
 def test_a_stop_and_a_full_device_are_one_line(lm, monkeypatch, capsys):
-    monkeypatch.setattr(command, "load", lambda name, device: lm)
+    monkeypatch.setattr("engine.asking.load", lambda name, device: lm)
     monkeypatch.setattr(Config, "train_size", 20)
-    for error, code, message in (
-        (KeyboardInterrupt, 130, "stopped"),
-        (torch.OutOfMemoryError, 2, "lower --max-new-tokens"),
-    ):
+    for error, code, message in ((KeyboardInterrupt, 130, "stopped"), (torch.OutOfMemoryError, 2, "lower --max-new-tokens")):
 
         def fail(*_, error=error):
             raise error
@@ -478,7 +458,7 @@ def test_help_shows_every_default_and_the_questions_it_knows(capsys):
 
 def test_the_docs_show_what_is_printed(lm, monkeypatch, capsys):
     shown = (Path(command.__file__).parent / "docs" / "explain.md").read_text(encoding="utf-8").split("```")[3].strip()
-    monkeypatch.setattr(command, "load", lambda name, device: lm)
+    monkeypatch.setattr("engine.asking.load", lambda name, device: lm)
     assert command.main(["89+72", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out.strip()
     decimal = r"-?\d+\.\d+"  # other processors round differently
@@ -489,7 +469,7 @@ def test_the_docs_show_what_is_printed(lm, monkeypatch, capsys):
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes end otherwise there")
 def test_a_reader_who_has_seen_enough_is_no_error(lm, monkeypatch, capfd):
-    monkeypatch.setattr(command, "load", lambda name, device: lm)
+    monkeypatch.setattr("engine.asking.load", lambda name, device: lm)
     ours, theirs = os.pipe()
     os.close(ours)
     with os.fdopen(theirs, "w") as closed:

@@ -134,9 +134,7 @@ def test_its_outputs_are_there_and_clean(path):
             assert output.output_type != "error"
             for text in texts(output):
                 assert not re.search(r"(?<![\w.])/(work|tmp|home|root|Users|opt|usr|mnt)/", text), text[:300]
-    assert [c.execution_count for c in cells(path)] == list(range(1, len(cells(path)) + 1)), (
-        "not run from top to bottom"
-    )
+    assert [c.execution_count for c in cells(path)] == list(range(1, len(cells(path)) + 1)), "not run from top to bottom"
 
 
 @each
@@ -150,9 +148,7 @@ def test_it_has_exercises_with_hidden_solutions(path):
 def test_it_defines_no_function_that_a_file_has(path):
     """Copies drift. Notebook 7 is the exception: writing the functions again, in NumPy, is its subject."""
     ours = public_functions()
-    defined = {
-        node.name for c in cells(path) for node in ast.parse(plain(c.source)).body if isinstance(node, ast.FunctionDef)
-    }
+    defined = {node.name for c in cells(path) for node in ast.parse(plain(c.source)).body if isinstance(node, ast.FunctionDef)}
     if not path.stem.startswith("07"):
         assert not defined & ours.keys(), {name: ours[name] for name in defined & ours.keys()}
 

@@ -98,11 +98,7 @@ def children(pid):
 def killed_after(out, rows, *more):
     """A run of two processes, one of which is killed once the log has that many rows. -> exit code, seconds, its stderr."""
     both = subprocess.Popen(
-        command(2, out, "--save-every", "1", *more),
-        env=ENV,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+        command(2, out, "--save-every", "1", *more), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     deadline = time.time() + 200
     while not ((out / "log.jsonl").exists() and len(log_lines(out)) >= rows):
@@ -141,9 +137,7 @@ def stopped(processes, out, steps, *more):
     script = out.with_suffix(".py")
     script.write_text(driver)
     argv = [script if a == str(ROOT / "train.py") else a for a in command(processes, out, "--save-every", "1", *more)]
-    done = subprocess.run(
-        argv, env=ENV | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, cwd=ROOT
-    )
+    done = subprocess.run(argv, env=ENV | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

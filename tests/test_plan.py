@@ -66,9 +66,7 @@ def test_a_local_folder_is_measured():
 
 SHAPES = {
     "wide": dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, vocab_size=8000),
-    "many words": dict(
-        hidden_size=128, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4, vocab_size=30000
-    ),
+    "many words": dict(hidden_size=128, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4, vocab_size=30000),
 }
 
 

@@ -51,9 +51,7 @@ def straight(tmp_path_factory):
 def assert_same(out, straight):
     rows, weights = result(out)
     pairs = zip(rows, straight[0], strict=True)
-    assert not [
-        (a["step"], k, a.get(k), b.get(k)) for a, b in pairs for k in a.keys() | b.keys() if a.get(k) != b.get(k)
-    ]
+    assert not [(a["step"], k, a.get(k), b.get(k)) for a, b in pairs for k in a.keys() | b.keys() if a.get(k) != b.get(k)]
     assert all((weights[n] == straight[1][n]).all() for n in weights)
 
 

@@ -100,9 +100,7 @@ def test_two_cells_and_again(tmp_path, capsys, monkeypatch):
     invent(tmp_path, "clean", "sft", 5, steps=2, seconds=1e-9)  # of an earlier call
     assert study.main(command) == 0
     cells = json.loads((tmp_path / "cells.json").read_text())
-    assert [(c["setting"], c["row"], c["seed"]) for c in cells] == [("clean", "sft", k) for k in (0, 5)] + [
-        ("clean", "sd", 0)
-    ]
+    assert [(c["setting"], c["row"], c["seed"]) for c in cells] == [("clean", "sft", k) for k in (0, 5)] + [("clean", "sd", 0)]
     shutil.rmtree(tmp_path / "runs")
     assert "| sft |" in (tmp_path / "table.md").read_text()
     assert "cannot tell" in (tmp_path / "claims.md").read_text()
@@ -115,10 +113,7 @@ def test_two_cells_and_again(tmp_path, capsys, monkeypatch):
 
 
 def test_a_failed_run_is_named_until_it_succeeds(tmp_path, capsys):
-    assert (
-        study.main(["--recipes", "sd", "--seeds", "1", "--out", str(tmp_path), "--train", "--max-new-tokens", "600"])
-        == 1
-    )
+    assert study.main(["--recipes", "sd", "--seeds", "1", "--out", str(tmp_path), "--train", "--max-new-tokens", "600"]) == 1
     assert "failed: sd-seed0" in (tmp_path / "table.md").read_text()
     assert "leaves no room in the model's context" in (tmp_path / "table.md").read_text()
     assert not (tmp_path / "claims.md").exists()  # nothing is finished: nothing to report
