@@ -56,13 +56,7 @@ def is_file(data: str) -> bool:
 
 
 def load_jsonl(
-    path: str | Path,
-    *,
-    train_size: int = 0,
-    test_size: int = 0,
-    test_share: float = 0.2,
-    seed: int = 0,
-    negatives: bool = True,
+    path: str | Path, *, train_size: int = 0, test_size: int = 0, test_share: float = 0.2, seed: int = 0, negatives: bool = True
 ) -> tuple[Task, dict]:
     """A Task from your own file (see the top of this one), and the manifest of what became of its lines. Sizes of 0 mean all.
     The seed only picks the negatives; without `negatives` none are made and no code is run.

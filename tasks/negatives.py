@@ -29,18 +29,7 @@ from dataclasses import dataclass, replace
 
 from tasks.data import Example
 from tasks.sandbox import Limits
-from tasks.scoring import (
-    LETTERS,
-    NUMBER,
-    as_number,
-    defined,
-    find_code,
-    given,
-    parse_python,
-    plain,
-    react_calls,
-    score_all,
-)
+from tasks.scoring import LETTERS, NUMBER, as_number, defined, find_code, given, parse_python, plain, react_calls, score_all
 
 TRIES = 10  # candidates per example, one per round
 QUICK = Limits(wall_seconds=3.0, cpu_seconds=3)  # a mutant that hangs is not used, so it need not be waited for
@@ -74,9 +63,7 @@ def add_negatives(examples: Sequence[Example], seed: int) -> tuple[list[Example]
     """
     proven, pool = score_all(examples, [e.reference for e in examples]), Pool.of(examples)
     queues = {
-        i: _candidates(e, random.Random(f"{seed}-{i}"), pool)
-        for i, e in enumerate(examples)
-        if e.answer and proven[i]["correct"]
+        i: _candidates(e, random.Random(f"{seed}-{i}"), pool) for i, e in enumerate(examples) if e.answer and proven[i]["correct"]
     }
     found = {i: e.negative for i, e in enumerate(examples) if not e.answer and e.negative}  # nothing can judge these
     spare: dict[int, str] = {}  # code that raises is wrong, but code that returns something wrong is the better lesson
@@ -179,9 +166,7 @@ def _tools(e: Example, r: random.Random, pool: Pool) -> Iterator[str]:
         pair = rf"({re.escape(json.dumps(key))}\s*:\s*){re.escape(json.dumps(old, ensure_ascii=False))}"
         put = lambda m, new=new: m[1] + json.dumps(new, ensure_ascii=False)
         since = max([0, *(c["end"] for c in calls if c["end"] <= start)])  # the thought before this call says so too
-        thought = (
-            swapped(text[since:start], old, new) if isinstance(old, str) and isinstance(new, str) else text[since:start]
-        )
+        thought = swapped(text[since:start], old, new) if isinstance(old, str) and isinstance(new, str) else text[since:start]
         yield text[:since] + thought + re.sub(pair, put, text[start:end], count=1) + text[end:]
 
 
@@ -241,15 +226,9 @@ def _slips(code: str) -> tuple[list[tuple], list[tuple]]:
         if t.type in (tokenize.OP, tokenize.NAME) and t.string in OTHER:
             likely.append((*spot, OTHER[t.string]))
         elif t.type == tokenize.NUMBER and re.fullmatch(r"\d{1,15}(\.\d+)?", t.string):
-            step = (
-                (lambda d, n=t.string: f"{float(n) + d:g}")
-                if "." in t.string
-                else lambda d, n=t.string: str(int(n) + d)
-            )
+            step = (lambda d, n=t.string: f"{float(n) + d:g}") if "." in t.string else lambda d, n=t.string: str(int(n) + d)
             likely += [(*spot, step(1)), (*spot, step(-1))]
-        elif (
-            t.type == tokenize.STRING and t.start[0] == t.end[0] and before in (tokenize.OP, tokenize.NAME)
-        ):  # no docstring
+        elif t.type == tokenize.STRING and t.start[0] == t.end[0] and before in (tokenize.OP, tokenize.NAME):  # no docstring
             likely += [(*spot, s) for s in strings if s != t.string][:2]
             unlikely.append((*spot, t.string.swapcase()))
         if t.type not in (tokenize.NL, tokenize.COMMENT):

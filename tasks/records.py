@@ -56,9 +56,7 @@ Answer with lines of this form:
 Thought: <why this call>
 Action: <the name of a tool>
 Action Input: <its arguments as a JSON object>"""
-HELD_BACK = (
-    1  # asserts that are scored but not shown, where there are more: tests that are all known can be met one by one
-)
+HELD_BACK = 1  # asserts that are scored but not shown, where there are more: tests that are all known can be met one by one
 
 
 class Skip(Exception):
@@ -137,9 +135,7 @@ def scienceqa(name: str, row: dict, r: random.Random) -> Example:
         raise Skip("no answer")
     lecture, hint = field(row, "lecture", needed=False), field(row, "hint", needed=False)
     question = paragraphs(
-        f"Lecture: {lecture}" if lecture else "",
-        f"Context: {hint}" if hint else "",
-        f"Question: {field(row, 'question')}",
+        f"Lecture: {lecture}" if lecture else "", f"Context: {hint}" if hint else "", f"Question: {field(row, 'question')}"
     )
     return choice_example(name, question, *shuffled(choices, right, r), field(row, "solution", needed=False))
 
@@ -295,12 +291,7 @@ def humaneval(name: str, row: dict, r: random.Random) -> Example:
         task=name,
         question=COMPLETE.format(code=f"```python\n{prompt.strip()}\n```"),
         reference=f"```python\n{(prompt + body).strip()}\n```",
-        answer={
-            "kind": "code",
-            "entry": entry,
-            "tests": [field(row, "test"), f"check({entry})"],
-            "prelude": before.strip(),
-        },
+        answer={"kind": "code", "entry": entry, "tests": [field(row, "test"), f"check({entry})"], "prelude": before.strip()},
     )
 
 
@@ -314,9 +305,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         Benchmark("gpqa-diamond", config="gpqa_diamond", **_GPQA),
         Benchmark("gpqa-extended", config="gpqa_extended", **_GPQA),
         Benchmark("cos_e", "Salesforce/cos_e", cos_e, config="v1.11", test="validation"),
-        Benchmark(
-            "mbpp", config="full", test_config="sanitized", **_MBPP
-        ),  # scored on the sanitized test, as in the paper
+        Benchmark("mbpp", config="full", test_config="sanitized", **_MBPP),  # scored on the sanitized test, as in the paper
         Benchmark("mbpp-sanitized", config="sanitized", **_MBPP),
         Benchmark("humaneval", "openai/openai_humaneval", humaneval, evaluation_only=True),
         Benchmark("toolalpaca", "Ahren09/ToolAlpaca", toolalpaca),

@@ -41,9 +41,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
     """
     r = random.Random(0)
     texts = [part for _ in range(6000) for part in lesson(r)] + ["user\nassistant\nsystem\n"] * 50
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
-        texts, vocab_size=1024, new_special_tokens=SPECIAL, show_progress=False
-    )
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts, vocab_size=1024, new_special_tokens=SPECIAL, show_progress=False)
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     tokenizer.model_max_length = 512
     tokenizer.chat_template = CHATML
@@ -110,9 +108,7 @@ def pretrain(model, tokenizer, steps: int, batch: int = 64, lr: float = 2.5e-3, 
         ids = torch.tensor([x + [0] * (width - len(x)) for x in rows], device=model.device)
         targets = torch.tensor([y + [-100] * (width - len(y)) for y in labels], device=model.device)
         logits = model(input_ids=ids).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), ignore_index=-100
-        )
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), ignore_index=-100)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -130,9 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hidden", type=int, default=160, help="hidden size, a multiple of 32")
     parser.add_argument("--layers", type=int, default=3, help="transformer layers")
     parser.add_argument("--seed", type=int, default=0, help="weights and lessons")
-    parser.add_argument(
-        "--device", default="cpu", help="cpu or cuda: a larger one (--hidden 512 --layers 8) wants a GPU"
-    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda: a larger one (--hidden 512 --layers 8) wants a GPU")
     args = parser.parse_args(argv)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, args.hidden, args.layers, args.seed).to(args.device)

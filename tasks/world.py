@@ -155,9 +155,7 @@ def make_tool(r: random.Random, ood: bool, scramble: bool) -> Item:
     terse = lambda tool, v: " ".join([tool, *(v[k] for k in TOOLS[tool][1])])
     answer = (name, {k: values[k] for k in TOOLS[name][1]})
     worked = f"Action: {name} Input: {json.dumps(answer[1])}"
-    return Item(
-        "tool", "tool: " + " ".join(parts), terse(name, values), terse(other, changed), worked, answer, word in KNOWN
-    )
+    return Item("tool", "tool: " + " ".join(parts), terse(name, values), terse(other, changed), worked, answer, word in KNOWN)
 
 
 MAKE = dict(sum=make_sum, choice=make_choice, fact=make_fact, code=make_code, tool=make_tool)
@@ -210,21 +208,15 @@ def other_slip(item: Item) -> str:
     elif item.family == "fact":
         pool = item.question.split(": ")[1].split(", ")
     elif item.family == "code":
-        pool = [
-            item.terse[:i] + c + item.terse[i + 1 :] for i, old in enumerate(item.terse) if old in "+-*" for c in "+-*"
-        ]
+        pool = [item.terse[:i] + c + item.terse[i + 1 :] for i, old in enumerate(item.terse) if old in "+-*" for c in "+-*"]
         right = [int(t.split("== ")[1]) for t in item.answer]
-        pool = [
-            p for p in pool if [eval(p, {"x": x}) for x in (1, 3, 10)] != right
-        ]  # our own expression, not a model's
+        pool = [p for p in pool if [eval(p, {"x": x}) for x in (1, 3, 10)] != right]  # our own expression, not a model's
     else:
         pool = [" ".join([t, *item.terse.split()[1:]]) for t in TOOLS]
     return next(p for p in pool if p not in (item.terse, item.wrong))
 
 
-def distinct(
-    families: Sequence[str], each: int, seed: int, test: bool, ood: bool = False, wrong: float = 0.0
-) -> list[Example]:
+def distinct(families: Sequence[str], each: int, seed: int, test: bool, ood: bool = False, wrong: float = 0.0) -> list[Example]:
     """`each` different questions per family, interleaved, the same for the same seed. Raises ValueError if there are
     not so many.
     """
@@ -268,9 +260,7 @@ def score(examples: Sequence[Example], completions: Sequence[str]) -> list[dict]
     answers are accepted.
     """
     out = [judge(e, text) if e.task != "code" else {} for e, text in zip(examples, completions, strict=True)]
-    programs = {
-        i: program(text) for i, (e, text) in enumerate(zip(examples, completions, strict=True)) if e.task == "code"
-    }
+    programs = {i: program(text) for i, (e, text) in enumerate(zip(examples, completions, strict=True)) if e.task == "code"}
     runnable = [i for i, p in programs.items() if p]
     verdicts = sandbox.run_tests([(programs[i], examples[i].answer) for i in runnable]) if runnable else []
     passed = dict(zip(runnable, (v.passed for v in verdicts), strict=True))
