@@ -1,6 +1,6 @@
-"""catalog.py - a name -> a Task: the tiny world, a benchmark of the hub, or a file of one's own.
+"""catalog.py - a name -> a Task: the tiny world, a benchmark of the hub, or a file of your own.
 
-The one place that training and evaluation load their questions from, so that both mean the same by a name.
+It exists so that training and evaluation mean the same questions by the same name.
 A new task needs a line here, questions (`data.Example`) and a scorer; docs/exercises.md adds one step by step.
 
 Depends on data.py, world.py, benchmarks.py, jsonl.py.   Try it:  python -m pytest tests/test_data.py -q
@@ -23,7 +23,7 @@ def load_task(
     if wrong_references:
         raise ValueError("--wrong-references works in the tiny world only; set it to 0, or use --data tiny")
     # Negatives are made whether the recipe needs them or not: the data and its fingerprint are the same for every recipe.
-    how = dict(test_size=test_size, seed=seed, negatives=train_size is not None)
+    settings = dict(test_size=test_size, seed=seed, negatives=train_size is not None)
     if jsonl.is_file(name):
-        return jsonl.load_jsonl(name, train_size=train_size or 0, **how)
-    return benchmarks.load_task(name, train_size=train_size, **how)
+        return jsonl.load_jsonl(name, train_size=train_size or 0, **settings)
+    return benchmarks.load_task(name, train_size=train_size, **settings)

@@ -1,13 +1,12 @@
-"""data.py - one question with what is known about it, and the prompts made of it.
+"""data.py - one question with all that is known about it, and the prompts made of it.
 
-What: `Example` is one training or test question; `Task` is a set of them with its prompt wording and its scorer. The
-messages are the prompts under which an answer is sampled or re-read (contexts.encode makes their token ids):
+`Example` is one training or test question; `Task` is a set of them with its prompt wording and its scorer. One question is read
+under several prompts, and nothing but the prompt tells student and teachers apart:
 
     student    question                          teacher    question + reference
     negative   question + wrong reference        context k  demonstrations + question (+ reference)
 
-All four share one wording, so a teacher cannot be told from another by format, only by content (in the official code
-the wrong reference comes in another template than the right one, so a margin can be earned from punctuation).
+It exists so that all four share one wording: two teachers then differ in content only, and no loss can be earned from format.
 
 Depends on nothing of ours.   Try it:  python -m pytest tests/test_data.py -q
 """
@@ -25,9 +24,7 @@ class TooLong(ValueError):
 
 @dataclass(frozen=True)
 class Example:
-    """One question. The student sees `question`; only teachers see `reference` and `negative`; only the scorer sees
-    `answer`.
-    """
+    """One question. The student sees `question`, only teachers see `reference` and `negative`, only the scorer sees `answer`."""
 
     task: str  # the family or benchmark: which scorer judges it, which row of the table it is counted in
     question: str  # the whole user message, options and format instructions included
@@ -44,9 +41,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Wording:
-    """The words around an example. Fields in braces are filled; every benchmark shares these, the tiny world has its
-    own short ones.
-    """
+    """The words around an example; fields in braces are filled. The benchmarks share these, the tiny world has short ones."""
 
     teacher: str = (
         "{question}\n\n[Reference solution]\n{reference}\n[End of reference]\n\n"
@@ -59,32 +54,27 @@ class Wording:
 
 @dataclass
 class Task:
-    """What is trained on and how it is judged. `score(examples, completions)` -> one dict each with at least correct
-    and abstained.
-    """
+    """What is trained on and how it is judged."""
 
     name: str
     train: list[Example]
     test: list[Example]
-    score: Callable[[Sequence[Example], Sequence[str]], list[dict]]
+    score: Callable[[Sequence[Example], Sequence[str]], list[dict]]  # (examples, completions) -> {"correct", "abstained" ...} each
     ood: list[Example] = field(default_factory=list)  # harder, out-of-distribution test questions
     wording: Wording = field(default_factory=Wording)
     max_new_tokens: int = 1024
 
     def fingerprint(self) -> str:
-        """A hash of the training and test examples in order: equal hashes mean the same data, whatever the recipe."""
-        rows = [[asdict(e) for e in part] for part in (self.train, self.test, self.ood)]
+        """A hash of all examples in order: equal hashes mean the same data, whatever the recipe."""
+        rows = [[asdict(example) for example in part] for part in (self.train, self.test, self.ood)]
         return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def chat_ids(tokenizer, message: str) -> list[int]:
-    """A user message as prompt ids, ending in the assistant header. "Thinking" templates are switched off, in training
-    and evaluation alike.
-    """
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
-    # The template has the special tokens already. Not verbose: what is too long is our business, and said by us.
+    """A user message as prompt ids, up to and including the assistant header. "Thinking" is off, in training and evaluation."""
+    chat = [{"role": "user", "content": message}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    # The template has the special tokens already. Not verbose: prompts that are too long are handled, and reported, by us.
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
@@ -94,7 +84,7 @@ def teacher_message(wording: Wording, question: str, reference: str) -> str:
 
 def context_message(wording: Wording, own: str, demos: Sequence[Example]) -> str:
     """Demonstrations of *other* questions, then `own`: the question, with or without its reference."""
-    shown = "\n\n".join(wording.demo.format(question=d.question, answer=d.demo or d.reference) for d in demos)
+    shown = "\n\n".join(wording.demo.format(question=demo.question, answer=demo.demo or demo.reference) for demo in demos)
     return wording.context.format(demos=shown, question=own)
 
 
@@ -104,23 +94,20 @@ def instruction_message(wording: Wording, own: str, instruction: str) -> str:
 
 
 def fit_prompt(tokenizer, build: Callable[[str], str], reference: str, limit: int) -> tuple[list[int], int]:
-    """Prompt ids of build(reference), the *reference* shortened from its end until the prompt has at most `limit`
-    tokens.
+    """Prompt ids of build(reference), the *reference* shortened from its end until the prompt has at most `limit` tokens.
 
-    -> (ids, how many reference tokens were cut). The question and the assistant header are never cut: raises TooLong
-    if they alone are too long. (Cutting token lists from either side loses one or the other, silently.)
+    -> (ids, how many reference tokens were cut). Cutting the ids instead would lose the question or the assistant header.
+    Raises TooLong if even the prompt without the reference is over the limit.
     """
     ids = chat_ids(tokenizer, build(reference))
-    if len(ids) <= limit:
-        return ids, 0
     tokens = tokenizer(reference, add_special_tokens=False, verbose=False)["input_ids"]
-    keep = len(tokens)
-    while len(ids) > limit and keep > 0:
-        keep = max(0, keep - (len(ids) - limit))
-        ids = chat_ids(tokenizer, build(tokenizer.decode(tokens[:keep])))
+    kept = len(tokens)
+    while len(ids) > limit and kept > 0:
+        kept = max(0, kept - (len(ids) - limit))
+        ids = chat_ids(tokenizer, build(tokenizer.decode(tokens[:kept])))
     if len(ids) > limit:
         raise TooLong(
             f"a question of {len(ids)} tokens without its reference is over the limit of {limit}: shorten it, raise "
             "--max-prompt-tokens, or, where the model's context is the limit, lower --max-new-tokens"
         )
-    return ids, len(tokens) - keep
+    return ids, len(tokens) - kept

@@ -1,10 +1,11 @@
 """tiny.py - the tiny model that half knows the world: a tokenizer, 0.9 M parameters, and a few minutes of pre-training.
 
-The base "half knows": of each family it has met one part on its own, and the other part *only with a reference in
-front* - sums with a carry, choices with a number of 50 or more, 24 of 30 things, 4 of 8 operations, 9 of 12 tool words.
-For the last three even the meaning was drawn anew in every pre-training example, so that nothing but the reference
-could tell. Alone it has to guess there; with a reference it is good; a wrong one misleads it in part.
+Of each family the base has met one part on its own, and the other part *only with a reference in front*: sums with a carry, choices
+with a number of 50 or more, 24 of 30 things, 4 of 8 operations, 9 of 12 tool words. For the last three even the meaning was drawn
+anew in every lesson (`scramble` in world.py), so that only the reference tells. Alone the base has to guess there; with a reference
+it is good; a wrong one misleads it in part.
 
+It exists because a teacher can only teach what its reference tells it and the student does not know yet: this is such a student.
 `python -m tasks.tiny` rebuilds tasks/tiny-base in about four minutes on 2 cores. The result is an ordinary Hugging Face
 Qwen2 checkpoint: every script treats it like any other model.
 
@@ -36,11 +37,9 @@ OFTEN = dict(sum=1.6, choice=1.0, fact=1.0, code=1.6, tool=1.3)
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
-    """A byte-level BPE of Qwen2's own kind, learned on the world: its words are one token, a digit is one token, any
-    text can be encoded.
-    """
-    r = random.Random(0)
-    texts = [part for _ in range(6000) for part in lesson(r)] + ["user\nassistant\nsystem\n"] * 50
+    """A byte-level BPE of Qwen2's kind, learned on the world: its words and digits are one token each; any text can be encoded."""
+    rng = random.Random(0)
+    texts = [part for _ in range(6000) for part in lesson(rng)] + ["user\nassistant\nsystem\n"] * 50
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts, vocab_size=1024, new_special_tokens=SPECIAL, show_progress=False)
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     tokenizer.model_max_length = 512
@@ -49,73 +48,59 @@ def make_tokenizer() -> Qwen2Tokenizer:
 
 
 def make_model(tokenizer, hidden: int = 160, layers: int = 3, seed: int = 0) -> Qwen2ForCausalLM:
-    """An untrained Qwen2: 0.9 M parameters by default."""
+    """An untrained Qwen2: 0.9 M parameters by default. `hidden` must be a multiple of 32, the size of an attention head."""
     torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 32,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return Qwen2ForCausalLM(config)
+    size = dict(hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, vocab_size=len(tokenizer))
+    size |= dict(num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32, max_position_embeddings=512)
+    ends = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    return Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, **size, **ends))
 
 
-def lesson(r: random.Random) -> tuple[str, str]:
-    """One pre-training conversation: a user message and the worked answer (see the top of the file for what the base is
-    meant to know).
-    """
-    family = r.choices(FAMILIES, [OFTEN[f] for f in FAMILIES])[0]
-    item = draw(r, family, test=False, scramble=True)
+def lesson(rng: random.Random) -> tuple[str, str]:
+    """One pre-training conversation: a user message and the worked answer."""
+    family = rng.choices(FAMILIES, [OFTEN[f] for f in FAMILIES])[0]
+    item = draw(rng, family, test=False, scramble=True)
     reference = item.terse
     if item.known:
-        blots = r.uniform(0, 0.7) if r.random() < 0.6 else 0.0
-        if r.random() < 0.1:
-            reference = item.wrong  # the answer stays right: where it knows better, it learns not to follow blindly
-        if r.random() < ALONE[family]:
+        blots = rng.uniform(0, 0.7) if rng.random() < 0.6 else 0.0
+        if rng.random() < 0.1:
+            reference = item.wrong  # the answer stays right: where the base knows better, it learns not to follow blindly
+        if rng.random() < ALONE[family]:
             reference = ""
     else:
-        blots = r.uniform(0, 0.3)
-    reference = blotted(reference, [r.random() for _ in range(40)], blots)
-    own = teacher_message(WORDING, item.question, reference) if reference else item.question
-    if r.random() < 0.2:
-        other = draw(r, family, test=False, scramble=True)
-        demo = Example(family, other.question, other.terse, demo=other.worked)
-        return context_message(WORDING, own, [demo]), item.worked
-    return own, item.worked
+        blots = rng.uniform(0, 0.3)
+    reference = blotted(reference, [rng.random() for _ in range(40)], blots)
+    message = teacher_message(WORDING, item.question, reference) if reference else item.question
+    if rng.random() < 0.2:
+        other = draw(rng, family, test=False, scramble=True)
+        message = context_message(WORDING, message, [Example(family, other.question, other.terse, demo=other.worked)])
+    return message, item.worked
 
 
 def pretrain(model, tokenizer, steps: int, batch: int = 64, lr: float = 2.5e-3, seed: int = 0) -> list[float]:
-    """Next-token training on the answers of random lessons. Returns the loss of every step."""
-    r, log = random.Random(seed), []
+    """Next-token training on the answers of random lessons. -> the loss of every step."""
+    rng, losses = random.Random(seed), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     for step in (bar := tqdm(range(steps), desc="pre-training tiny-base", unit="step")):
         cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 30) * cosine
         rows, labels = [], []
-        for message, answer in (lesson(r) for _ in range(batch)):
+        for message, answer in (lesson(rng) for _ in range(batch)):
             prompt, target = chat_ids(tokenizer, message), tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id]
-            rows.append(prompt + target)
-            labels.append([-100] * len(prompt) + target)
-        width = max(map(len, rows))
+            rows.append(torch.tensor(prompt + target))
+            labels.append(torch.tensor([-100] * len(prompt) + target))
         # Padded on the right: a causal model never sees it.
-        ids = torch.tensor([x + [0] * (width - len(x)) for x in rows], device=model.device)
-        targets = torch.tensor([y + [-100] * (width - len(y)) for y in labels], device=model.device)
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
+        targets = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(model.device)
         logits = model(input_ids=ids).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), ignore_index=-100)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        log.append(loss.item())
+        losses.append(loss.item())
         bar.set_postfix(loss=f"{loss.item():.3f}")
-    return log
+    return losses
 
 
 def main(argv: list[str] | None = None) -> None:
