@@ -48,7 +48,7 @@ def printable(text: str, encoding: str = "utf-8") -> str:
     return text if text and text == text.strip() else f"'{text}'"
 
 
-def fit(text: str, width: int) -> str:
+def fitted(text: str, width: int) -> str:
     """Cut or padded to so many columns of a terminal, where a Chinese character or an emoji takes two and an accent none."""
     size = lambda c: 0 if unicodedata.category(c) in ("Mn", "Me") else 1 + (unicodedata.east_asian_width(c) in "WF")
     if sum(map(size, text)) > width:
@@ -102,13 +102,13 @@ def table(x, width: int = 100, color: bool = False, encoding: str = "utf-8") -> 
     columns, marked = columns_of(x), worst(x.tokens)
     names = [(printable(t.text, encoding), printable(t.top_teacher[0][0], encoding)) for t in x.tokens]
     side = min(20, (width - 26 - 6 * len(columns)) // 2, max(9, *(len(name) for pair in names for name in pair)))
-    lines = [f"{name:<16} {fit(printable(text, encoding), width - 17).rstrip()}" for name, text in title_of(x)]
+    lines = [f"{name:<16} {fitted(printable(text, encoding), width - 17).rstrip()}" for name, text in title_of(x)]
     titles = "".join(f"{title:>6}" for title, _, _ in columns)
-    lines += ["", f"  {'token':<{side}} student teacher  {fit('would say', side)}      {titles}"]
+    lines += ["", f"  {'token':<{side}} student teacher  {fitted('would say', side)}      {titles}"]
     for i, (t, (text, top)) in enumerate(zip(x.tokens, names, strict=True)):
         heat = "1;31" if t.div >= HOT else "33" if t.div >= WARM else ""
-        other = paint(fit("=", side), "2") if t.top_teacher[0][0] == t.text else paint(fit(top, side), heat)
-        row = f"{'*' if i in marked else ' '} {paint(fit(text, side), heat)} {chance(t.student):>7} {chance(t.teacher):>7}"
+        other = paint(fitted("=", side), "2") if t.top_teacher[0][0] == t.text else paint(fitted(top, side), heat)
+        row = f"{'*' if i in marked else ' '} {paint(fitted(text, side), heat)} {chance(t.student):>7} {chance(t.teacher):>7}"
         row += f"  {other} {chance(t.top_teacher[0][1]):>5}" + "".join(f"{cells[i]:>6}" for _, _, cells in columns)
         lines.append(row)
     lines += ["", *(f"{name:<16} {value:>9}   {remark}" for name, value, remark in sums_of(x)), ""]

@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from engine import sampling
+from engine import any_console, sampling
 from engine.build import Run, start
 from engine.config import make
 from engine.head import head_of
@@ -132,6 +132,7 @@ def markdown(rows: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print tables, and write them to a file."""
+    any_console()
     parser = argparse.ArgumentParser(
         prog="bench.py", description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

@@ -21,7 +21,7 @@ from engine import contexts
 from engine.asking import parse, speaks_world
 from engine.config import Config, make
 from engine.head import head_of
-from engine.page import fit, html_page, number, printable, show, table
+from engine.page import fitted, html_page, number, printable, show, table
 from engine.reading import PackedReader
 from engine.rollout import TINY, load
 from explain import explain
@@ -262,7 +262,7 @@ def test_the_table_fits_and_its_columns_stand_below_each_other(lm, width, k):
 def test_tokens_are_shown_safely():
     assert [printable(s) for s in ("a", " a", "", "\n", "\x1b[0m", "é中")] == ["a", "' a'", "''", r"\n", r"\x1b[0m", "é中"]
     assert printable("é😀", "ascii") == r"\xe9\U0001f600" and printable("\udc80") == r"\udc80"
-    assert [fit(s, 4) for s in ("ab", "abcdef", "中文字", "e\u0301", "é中文")] == ["ab  ", "abc~", "中~ ", "e\u0301   ", "é中~"]
+    assert [fitted(s, 4) for s in ("ab", "abcdef", "中文字", "e\u0301", "é中文")] == ["ab  ", "abc~", "中~ ", "e\u0301   ", "é中~"]
     assert [number(x) for x in (0.1234, 12.347, 123.47, -0.5, -1e-9)] == ["0.123", "12.35", "123.5", "-0.500", "0.000"]
 
 

@@ -338,6 +338,7 @@ sys.exit(failed)
 """
 
 
+@pytest.mark.slow
 def test_the_jax_port_passes_and_compiles():
     pytest.importorskip("jax")
     quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}

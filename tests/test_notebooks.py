@@ -44,10 +44,10 @@ def shape(cell):
 
 
 def public_functions():
-    """name -> the file it is defined in, over all top-level files."""
+    """name -> the file it is defined in, over the top-level files, engine and tasks."""
     return {
         node.name: file.name
-        for file in ROOT.glob("*.py")
+        for file in [*ROOT.glob("*.py"), *(p for d in ("engine", "tasks") for p in (ROOT / d).glob("*.py"))]
         for node in ast.parse(file.read_text()).body
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
     }
@@ -153,6 +153,7 @@ def test_it_defines_no_function_that_a_file_has(path):
         assert not defined & ours.keys(), {name: ours[name] for name in defined & ours.keys()}
 
 
+@pytest.mark.slow
 @each
 def test_it_runs_and_makes_as_many_outputs_as_are_committed(path, executed):
     """Numbers may differ in their last digits from one machine to another; what a cell shows may not."""
@@ -164,5 +165,6 @@ def test_it_runs_and_makes_as_many_outputs_as_are_committed(path, executed):
         assert shape(ours) == shape(theirs), f"committed and again differ: {ours.source[:80]}"
 
 
+@pytest.mark.slow
 def test_running_them_writes_nothing_into_the_project(executed):
     assert executed[1] == []

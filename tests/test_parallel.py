@@ -77,12 +77,14 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("a", "b"), [("one", "two"), ("one", "sharded"), ("one-sft", "two-sft")])
 def test_two_processes_equal_one(runs, a, b):
     """On-policy too, with quantiles, a budget and an EMA that moves: everything a step must know as a whole."""
     nearly_equal(runs / a, runs / b)
 
 
+@pytest.mark.slow
 def test_one_process_writes_and_prints(runs):
     assert sorted(p.name for p in (runs / "two").iterdir()) == sorted(p.name for p in (runs / "one").iterdir())
     summaries = [json.loads((runs / n / "summary.json").read_text()) for n in ("one", "two", "sharded")]
@@ -115,6 +117,7 @@ def log_lines(out):
     return [x for x in (out / "log.jsonl").read_text().splitlines() if x.endswith("}")]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc to find the process to kill")
 def test_a_lost_process_ends_the_run_and_another_number_goes_on(runs, tmp_path):
     code, seconds, told = killed_after(tmp_path / "lost", 3, *EVERYTHING)
@@ -141,6 +144,7 @@ def stopped(processes, out, steps, *more):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "then", "like", "exact"),
     [

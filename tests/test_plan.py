@@ -70,6 +70,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("recipe", ["sft", "sd", "unisd-star"])
 def test_the_memory_formula_against_a_measured_step(shape, recipe, monkeypatch):
