@@ -1,18 +1,25 @@
-"""Small models for the tests: random Qwen2 weights in float64 whose embedding table is larger than the vocabulary in
-use, as Qwen2.5's is.
+"""What several test files share: small models (random Qwen2 weights in float64 whose embedding table is larger than the
+vocabulary in use, as Qwen2.5's is), the steps of a run without its measurements, and one whole run of 20 steps.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums are added in the same order in every process that a test starts
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import train
+from engine import checkpoint, watch
+from engine.config import make, parse
+from engine.rollout import load
 
 VOCAB, ROWS = 37, 48  # tokens in use, rows in the embedding table
 
@@ -39,3 +46,62 @@ def small_model(seed=0, dtype=torch.float64, tied=True):
 @pytest.fixture
 def model():
     return small_model()
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The embedded model, loaded once: to be read, not to be changed."""
+    return load("tiny", torch.device("cpu"))
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    """Drawing curves.png takes longer than the few steps that a test trains, and most tests do not look at it."""
+    monkeypatch.setattr(watch, "curves", lambda *_: None)
+
+
+class Unwatched:
+    """What train.train tells of its steps: nothing is printed or measured; `stop` after that many, as Ctrl-C would."""
+
+    def __init__(self, last):
+        self.last, self.stop = last, False
+
+    def after_step(self, run, row, batch):
+        self.stop = run.step == self.last
+
+
+def steps_of(folder, recipe="unisd-star", last=None, **settings):
+    """The steps of a run alone: most of a short run's time goes into measuring before and after. -> (Run, rows of the log)
+
+    last=2: stops after step 2, with a checkpoint; resume=True goes on from there.
+    """
+    cfg = make(recipe, out=str(folder), device="cpu", **settings)
+    folder.mkdir(exist_ok=True)
+    run = train.start(cfg, folder)
+    if cfg.resume:
+        checkpoint.restore(run)
+    with (folder / "log.jsonl").open("a") as log:
+        train.train(run, log, Unwatched(last))
+    if last:
+        checkpoint.save(run)
+    return run, rows_of(folder)
+
+
+def rows_of(folder):
+    """log.jsonl without the seconds, which are never the same."""
+    rows = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("s_")} for row in rows]
+
+
+TWENTY = (
+    "--recipe unisd-star --steps 20 --batch 6 --micro-batch 3 --eval-size 2 --train-size 100 --ema-every 2 "
+    "--save-every 3 --teacher-every 10 --device cpu --sample-every 0"
+).split()
+
+
+@pytest.fixture(scope="session")
+def twenty(tmp_path_factory):
+    """The folder of a whole run of 20 steps, from the command line's words to curves.png: the one every kill is compared with."""
+    out = tmp_path_factory.mktemp("twenty") / "o"
+    train.main(parse([*TWENTY, "--out", str(out)]))
+    return out

@@ -10,44 +10,74 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import Unwatched, rows_of, steps_of
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from engine import checkpoint, config, metrics, watch
+from engine import build, checkpoint, config, metrics, watch
 from engine.config import RECIPES, Config, make, parse
 from engine.rollout import TINY
+from tasks import world
 
-FAST = dict(steps=3, batch=6, micro_batch=3, eval_size=2, train_size=100, teacher_every=2, sample_every=2, save_every=2)
+FAST = dict(steps=3, batch=6, micro_batch=3, eval_size=2, train_size=60, teacher_every=2, sample_every=2, save_every=2)
+FEW = dict(steps=3, batch=6, micro_batch=3, eval_size=1, train_size=40)  # for what looks at the steps alone
 
 
 def weights(folder):
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
-def rows_of(out):
+def timed_rows(out):
     return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("recipe", [r for r in RECIPES if r not in ("raw", "privileged")])
+EVALUATED = [r for r in RECIPES if r not in ("raw", "privileged")]
+SOME = ("sd", "sft-worked")  # and unisd-star, for 20 steps, below
+
+
+@pytest.mark.parametrize("recipe", [pytest.param(r, marks=[pytest.mark.slow] * (r not in SOME)) for r in EVALUATED])
 def test_every_recipe_trains(recipe, tmp_path):
     summary = train.main(make(recipe, out=str(tmp_path / "o"), **FAST))
+    check_run(tmp_path / "o", recipe, 3)
     rows = rows_of(tmp_path / "o")
-    assert [r["step"] for r in rows] == [1, 2, 3]
-    assert all(math.isfinite(v) for r in rows for v in r.values())
-    assert {"loss", "entropy", "length", "eos", "weight", "grad_norm", "s_sampling", "s_scoring", "s_update"} <= set(rows[0]) | {
-        "entropy"
-    }
     assert "student_accuracy" in rows[1] and ("teacher_accuracy" in rows[1]) == make(recipe).uses_teacher
-    before, after = weights(TINY), weights(tmp_path / "o")
-    assert any((before[n] != after[n]).any() for n in before)
-    assert AutoTokenizer.from_pretrained(tmp_path / "o").chat_template
-    assert summary["recipe"] == recipe and summary["steps"] == 3 and (tmp_path / "o" / "curves.png").stat().st_size > 5000
     assert json.loads((tmp_path / "o" / "summary.json").read_text()) == summary
-    assert {"accuracy", "by_task", "jsd_to_base", "retention_ppl"} <= set(summary["after"]) and summary["after"]["jsd_to_base"] > 0
+
+
+def check_run(out, recipe, steps):
+    """What every finished run leaves behind."""
+    rows, cfg = timed_rows(out), make(recipe)
+    assert [r["step"] for r in rows] == [*range(1, steps + 1)]
+    assert all(math.isfinite(v) for r in rows for v in r.values())
+    assert {"loss", "length", "eos", "weight", "grad_norm", "s_sampling", "s_scoring", "s_update"} <= set(rows[0])
     expected = {"div": "w_div", "contrast": "w_contrast", "match": "w_match"}
-    cfg = make(recipe)
     assert {k for k in expected if k in rows[0]} == {k for k, w in expected.items() if getattr(cfg, w)}
+    before, after = weights(TINY), weights(out)
+    assert any((before[n] != after[n]).any() for n in before)
+    assert AutoTokenizer.from_pretrained(out).chat_template
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["recipe"] == recipe and summary["steps"] == steps and (out / "curves.png").stat().st_size > 5000
+    assert {"accuracy", "by_task", "jsd_to_base", "retention_ppl"} <= set(summary["after"]) and summary["after"]["jsd_to_base"] > 0
+    return summary
+
+
+def test_twenty_steps_from_end_to_end(twenty):
+    """A whole run as `python train.py` does it, and what it leaves behind for others."""
+    summary, rows = check_run(twenty, "unisd-star", 20), rows_of(twenty)
+    assert [r["step"] for r in rows if "teacher_accuracy" in r and "student_accuracy" in r] == [1, 10, 20]
+    for side in (summary["before"], summary["after"], summary["ceiling"], summary["ood"]["after"]):
+        assert 0 <= side["accuracy"] <= 100
+    assert len(summary["after"]["by_task"]) == 5 and all(0 <= v <= 100 for v in summary["after"]["by_task"].values())
+    assert 1 < summary["after"]["retention_ppl"] < 10 and 1 < summary["after"]["reverse_ppl"] < 10
+    assert not checkpoint.all_checkpoints(twenty) and not list(twenty.glob(".writing*"))
+    settings = json.loads((twenty / "settings.json").read_text())
+    assert settings["recipe"] == "unisd-star" and settings["steps"] == 20 and config.saved_settings(str(twenty)) == settings
+    tokenizer, model = AutoTokenizer.from_pretrained(twenty), AutoModelForCausalLM.from_pretrained(twenty)
+    chat = [{"role": "user", "content": "12+31"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    text = tokenizer.decode(model.generate(**prompt, max_new_tokens=40, do_sample=False)[0, prompt["input_ids"].shape[1] :])
+    assert " so " in text and text.endswith("<|im_end|>")  # a plain transformers model that works a sum and stops
 
 
 def test_raw_only_evaluates(tmp_path):
@@ -59,18 +89,16 @@ def test_raw_only_evaluates(tmp_path):
 
 
 def test_the_loss_falls_on_one_batch(tmp_path):
-    """Twenty steps on six questions: the divergence must shrink, or nothing is learned at all."""
-    train.main(make("sd", out=str(tmp_path), **(FAST | dict(steps=25, train_size=5, batch=20, micro_batch=20, teacher_every=0))))
-    rows = rows_of(tmp_path)
+    """Fifteen steps on five questions: the divergence must shrink, or nothing is learned at all."""
+    _, rows = steps_of(tmp_path, "sd", **(FEW | dict(steps=15, train_size=5, batch=20, micro_batch=20)))
     assert sum(r["div"] for r in rows[-5:]) < 0.7 * sum(r["div"] for r in rows[:5])
 
 
 def test_same_seed_same_run_and_the_micro_batch_does_not_matter(tmp_path):
     """Samples come from the same random numbers, so whole runs must agree, up to the order of fp32 sums."""
-    for name, micro in (("a", 6), ("b", 2), ("c", 6)):
-        train.main(make("unisd-star", out=str(tmp_path / name), **(FAST | dict(micro_batch=micro))))
-    a, b, c = (weights(tmp_path / n) for n in "abc")
-    assert all((a[n] == c[n]).all() for n in a)
+    runs = [steps_of(tmp_path / name, **(FEW | dict(micro_batch=micro))) for name, micro in (("a", 6), ("b", 2), ("c", 6))]
+    (a, b, c), rows = (run.lm.model.state_dict() for run, _ in runs), [rows for _, rows in runs]
+    assert rows[0] == rows[2] and all((a[n] == c[n]).all() for n in a)
     for n in a:
         assert_close(a[n], b[n], rtol=1e-3, atol=2e-4)
 
@@ -82,17 +110,30 @@ def test_every_recipe_sees_the_same_examples_in_the_same_order():
     assert train.order(100, 3, 80, 70) == first[80:150] and train.order(100, 4, 0, 100) != first[:100]
 
 
-def test_references_as_completions_end_like_a_turn(tmp_path):
-    run = train.start(make("sft", out=str(tmp_path), **FAST), tmp_path)
+@pytest.mark.parametrize("recipe", ["sft", "sft-worked"])
+def test_references_as_completions_end_like_a_turn(recipe, tmp_path):
+    """The terse references, or the worked answers in the model's own style; all of them are right."""
+    run = train.start(make(recipe, out=str(tmp_path), **FEW), tmp_path)
     p = [run.prompts[i] for i in range(4)]
     ids, mask = train.write_answers(run, p, [0, 1, 2, 3], {})
-    for i in range(4):
-        text = run.lm.tokenizer.decode(ids[i][mask[i].bool()])
-        assert text == run.task.train[i].target + "<|im_end|>"
+    texts = [run.lm.tokenizer.decode(ids[i][mask[i].bool()]) for i in range(4)]
+    examples = run.task.train[:4]
+    assert texts == [(e.demo if recipe == "sft-worked" else e.target) + "<|im_end|>" for e in examples]
+    assert all(r["correct"] for r in world.score(examples, [t.removesuffix("<|im_end|>") for t in texts]))
+    assert recipe == "sft" or not set(texts) & {e.target + "<|im_end|>" for e in examples}
+
+
+def test_worked_answers_must_be_there(tmp_path, capsys):
+    lines = [dict(question=f"{i} + {i}", reference=f"Answer: {2 * i}", answer=2 * i) for i in range(10, 18)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ["--data", str(tmp_path / "mine.jsonl"), "--recipe", "sft-worked", "--steps", "1", "--batch", "2", "--device", "cpu"]
+    assert train.cli([*flags, "--out", str(tmp_path / "o")]) == 2
+    (message,) = capsys.readouterr().err.strip().splitlines()
+    assert "--sft-target worked" in message and "has no worked answers" in message and "use --sft-target reference" in message
 
 
 def test_a_cut_reference_gets_no_end(tmp_path):
-    run = train.start(make("sft", out=str(tmp_path), **(FAST | dict(max_new_tokens=3))), tmp_path)
+    run = train.start(make("sft", out=str(tmp_path), **(FEW | dict(max_new_tokens=3))), tmp_path)
     ids, mask = train.write_answers(run, [run.prompts[i] for i in range(4)], [0, 1, 2, 3], {})
     for i, row in enumerate(ids):
         whole = run.lm.tokenizer(run.task.train[i].target)["input_ids"]
@@ -100,16 +141,14 @@ def test_a_cut_reference_gets_no_end(tmp_path):
 
 
 def test_every_flag_goes_with_every_recipe(tmp_path):
-    """Ceilings where there is no divergence, bf16 with a teacher that borrows the weights, no gradient limit."""
-    one = FAST | dict(steps=1, teacher_every=0, save_every=0)
+    """Ceilings where there is no divergence, no gradient limit."""
+    one = FEW | dict(steps=1)
     with pytest.warns(UserWarning, match="caps the divergence"):
-        cfg = make("sft", clip=2.0, out=str(tmp_path / "a"), **one)
-    train.main(cfg)
+        steps_of(tmp_path / "a", "sft", clip=2.0, **one)
     with pytest.warns(UserWarning, match="caps the divergence"):
-        cfg = make("match-repr", clip_quantile=0.9, out=str(tmp_path / "b"), **one)
-    train.main(cfg)
-    train.main(make("sd", grad_norm=0.0, out=str(tmp_path / "c"), **one))
-    before, after = weights(TINY), weights(tmp_path / "c")
+        steps_of(tmp_path / "b", "match-repr", clip_quantile=0.9, **one)
+    run, _ = steps_of(tmp_path / "c", "sd", grad_norm=0.0, **one)
+    before, after = weights(TINY), run.lm.model.state_dict()
     assert any((before[n] != after[n]).any() for n in before)
 
 
@@ -119,7 +158,7 @@ def test_under_autocast_the_ceiling_is_the_students_not_the_teachers(tmp_path):
     too."""
     ceilings = {}
     for dtype in ("fp32", "bf16"):
-        run = train.start(make("sd", clip_quantile=0.5, dtype=dtype, out=str(tmp_path), **FAST), tmp_path)
+        run = train.start(make("sd", clip_quantile=0.5, dtype=dtype, out=str(tmp_path), **FEW), tmp_path)
         torch.manual_seed(0)
         with torch.no_grad():
             for p in run.lm.model.parameters():
@@ -127,15 +166,9 @@ def test_under_autocast_the_ceiling_is_the_students_not_the_teachers(tmp_path):
         seen, real = [], train.quantile_ceiling
         train.quantile_ceiling = lambda *a, seen=seen, real=real: seen.append(real(*a)) or seen[-1]
 
-        class Quiet:
-            stop = False
-
-            def after_step(self, run, *_):
-                self.stop = True
-
         try:
             with (tmp_path / "log").open("w") as log:
-                train.train(run, log, Quiet())
+                train.train(run, log, Unwatched(1))
         finally:
             train.quantile_ceiling = real
         ceilings[dtype] = seen[0].item()
@@ -158,9 +191,60 @@ def test_nan_loss_names_the_step_and_saves_the_batch(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "chunked_objective", broken)
     with pytest.raises(FloatingPointError, match="step 1: the loss is nan"):
-        train.main(make("sd", out=str(tmp_path), **FAST))
+        steps_of(tmp_path, "sd", **FEW)
     saved = json.loads((tmp_path / "bad-batch-step1.json").read_text())
     assert len(saved["rows"]) == 6 and saved["rows"][0]["prompt"].endswith("assistant\n")
+
+
+# --- fp16: the loss is scaled, an overflow is no failure, anything else is ---------------------------------------------
+
+
+def scale_of(monkeypatch, first):
+    """Every run begins with this scale instead of 65,536."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(build.torch.amp, "GradScaler", lambda device, enabled: scaler(device, enabled=enabled, init_scale=first))
+
+
+def test_fp16_trains_like_fp32(tmp_path):
+    """On the same answers, the references: samples could differ after a rounding."""
+    rows = {}
+    for dtype in ("fp32", "fp16"):
+        run, rows[dtype] = steps_of(tmp_path / dtype, "sd", on_policy=0.0, dtype=dtype, **FEW)
+        assert run.scaler.is_enabled() == (dtype == "fp16") and run.loss_scale() == (65536.0 if dtype == "fp16" else 1.0)
+        assert all(p.dtype == torch.float32 for p in run.lm.model.parameters())
+    for a, b in zip(rows["fp32"], rows["fp16"], strict=True):
+        assert math.isfinite(b["loss"]) and b["loss"] == pytest.approx(a["loss"], rel=0.01)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=0.02)  # measured before the limit, after the scale is off
+
+
+def test_an_overflow_skips_the_update_and_halves_the_scale(tmp_path, monkeypatch):
+    scale_of(monkeypatch, 2.0**40)
+    run, rows = steps_of(tmp_path, "sd", dtype="fp16", **FEW)
+    before, after = weights(TINY), run.lm.model.state_dict()
+    assert len(rows) == 3 and run.scaler.get_scale() == 2.0**37 and all((before[n] == after[n]).all() for n in before)
+    assert all(math.isfinite(r["loss"]) and not math.isfinite(r["grad_norm"]) for r in rows)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "broken"), [("fp16", 65536.0, "loss"), ("fp16", 0.5, "gradient"), ("fp32", 1.0, "gradient")]
+)
+def test_what_is_no_overflow_still_raises(dtype, scale, broken, tmp_path, monkeypatch):
+    """A loss that is no number, and an infinite gradient where there is no scale to halve: in fp32, or at a scale below 1."""
+    scale_of(monkeypatch, scale)
+    real = train.chunked_objective
+
+    def objective(*args):
+        loss, values = real(*args)
+        if broken == "gradient":
+            loss.register_hook(lambda grad: grad * math.inf)
+        return loss * (math.nan if broken == "loss" else 1), values
+
+    monkeypatch.setattr(train, "chunked_objective", objective)
+    with pytest.raises(FloatingPointError, match="step 1: the loss is "):
+        steps_of(tmp_path, "sd", dtype=dtype, **FEW)
+
+
+# --- what a user meets --------------------------------------------------------------------------------------------------
 
 
 def test_a_full_disk_is_one_clear_line_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
@@ -174,8 +258,8 @@ def test_a_full_disk_is_one_clear_line_and_keeps_the_last_checkpoint(tmp_path, m
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
     with pytest.raises(checkpoint.DiskFull, match="disk is full"):
-        train.main(make("sd", out=str(tmp_path), **(FAST | dict(steps=5, save_every=2))))
-    assert [p.name for p in checkpoint.all_checkpoints(tmp_path)] == ["checkpoint-2"] and not list(tmp_path.glob(".writing*"))
+        train.main(make("sd", out=str(tmp_path), **(FEW | dict(teacher_every=0, save_every=1))))
+    assert [p.name for p in checkpoint.all_checkpoints(tmp_path)] == ["checkpoint-1"] and not list(tmp_path.glob(".writing*"))
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
     with pytest.raises(ValueError, match="GB free"):
         train.main(make("sd", out=str(tmp_path / "other"), **FAST))
@@ -243,7 +327,7 @@ def test_a_reference_that_does_not_help_is_said_before_training(recipe, shown, s
     assert sum("nothing to teach" in str(w.message) for w in seen) == said
 
 
-def test_another_runs_folder_is_refused(tmp_path, capsys):
+def test_another_runs_folder_is_refused(tmp_path, capsys, no_picture):
     train.main(make("raw", out=str(tmp_path), **(FAST | dict(steps=0))))
     assert train.cli(["--out", str(tmp_path)]) == 2
     assert "holds another run" in capsys.readouterr().err
@@ -253,7 +337,7 @@ def test_another_runs_folder_is_refused(tmp_path, capsys):
     assert "--lr is 0.5 here" in capsys.readouterr().err
 
 
-def test_resume_without_out_finds_the_default_folder(tmp_path, monkeypatch, capsys):
+def test_resume_without_out_finds_the_default_folder(tmp_path, monkeypatch, capsys, no_picture):
     monkeypatch.chdir(tmp_path)
     fast = "--steps 1 --batch 2 --micro-batch 2 --eval-size 1 --train-size 50 --teacher-every 0 --device cpu".split()
     assert train.cli(["--recipe", "sd", *fast]) == 0
@@ -294,14 +378,14 @@ def test_runs_of_different_models_and_data_have_different_folders(tmp_path, monk
     assert parse(["--recipe", "sd", "--resume"]).lr != 0.5
 
 
-def test_departures_from_the_official_settings_are_said(tmp_path, capsys):
+def test_departures_from_the_official_settings_are_said(tmp_path, capsys, no_picture):
     fast = FAST | dict(steps=1, epochs=0.0, data="tiny", max_new_tokens=40, max_prompt_tokens=400, lora_rank=0)
     train.main(make("raw", model="tiny", preset="official", out=str(tmp_path), **(fast | dict(steps=0))))
     assert "official settings, except" in capsys.readouterr().out
 
 
-def test_epochs_become_steps(tmp_path):
-    summary = train.main(make("sft", out=str(tmp_path), **(FAST | dict(steps=0, epochs=0.5, train_size=40, batch=10))))
+def test_epochs_become_steps(tmp_path, no_picture):
+    summary = train.main(make("sft", out=str(tmp_path), **(FEW | dict(steps=0, epochs=0.5, batch=10, teacher_every=0))))
     assert summary["steps"] == 2
 
 
