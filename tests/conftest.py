@@ -94,8 +94,8 @@ def rows_of(folder):
 
 
 TWENTY = (
-    "--recipe unisd-star --steps 20 --batch 6 --micro-batch 3 --eval-size 2 --train-size 100 --ema-every 2 "
-    "--save-every 3 --teacher-every 10 --device cpu --sample-every 0"
+    "--recipe unisd-star --steps 20 --batch 4 --micro-batch 2 --contexts 2 --eval-size 1 --train-size 40 --ema-every 2 "
+    "--max-new-tokens 20 --save-every 3 --teacher-every 10 --device cpu --sample-every 0"
 ).split()
 
 

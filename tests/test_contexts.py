@@ -6,22 +6,25 @@ import json
 
 import pytest
 import torch
+from conftest import steps_of
 from torch.testing import assert_close
 
-import train
 from engine import contexts
 from engine.config import make
-from engine.rollout import load
 from tasks import world
 from tasks.data import Example, Task
 
-CPU = torch.device("cpu")
 TASK = world.load(100, 2)
 
 
-@pytest.fixture(scope="module")
-def lm():
-    return load("tiny", CPU)
+@pytest.fixture
+def lm(tiny):
+    return tiny
+
+
+@pytest.fixture
+def few_instructions(monkeypatch):
+    monkeypatch.setattr(contexts, "INDUCED", 4)  # of 24
 
 
 def test_random_demonstrations_are_of_the_task_never_of_the_question_and_repeat_for_a_seed():
@@ -68,8 +71,9 @@ def test_the_models_states_find_the_same_family(lm):
 
 @pytest.mark.parametrize("kind", ["random", "retrieval", "induction"])
 @pytest.mark.parametrize("with_reference", [True, False])
-def test_the_grid(lm, kind, with_reference, tmp_path):
-    cfg = make("agree-token", context_kind=kind, context_reference=with_reference, contexts=2, demos=2, max_prompt_tokens=400)
+def test_the_grid(lm, kind, with_reference, tmp_path, few_instructions):
+    sizes = dict(contexts=2, demos=2, max_prompt_tokens=400, max_new_tokens=20)
+    cfg = make("agree-token", context_kind=kind, context_reference=with_reference, **sizes)
     prepared = contexts.prepare(lm, TASK, cfg, tmp_path)
     prompts, cut = contexts.encode(lm.tokenizer, TASK, 7, cfg, prepared)
     texts = [lm.tokenizer.decode(p) for p in prompts["contexts"]]
@@ -94,8 +98,8 @@ def test_the_cache_is_used_while_its_stamp_holds_and_made_again_when_not(lm, tmp
     assert contexts.prepare(lm, world.load(100, 3), cfg, tmp_path)["stamp"] != first["stamp"]  # another data set
 
 
-def test_making_them_leaves_the_runs_random_numbers_alone(lm, tmp_path):
-    cfg = make("agree-token", context_kind="induction")
+def test_making_them_leaves_the_runs_random_numbers_alone(lm, tmp_path, few_instructions):
+    cfg = make("agree-token", context_kind="induction", max_new_tokens=12)
     torch.manual_seed(3)
     contexts.prepare(lm, TASK, cfg, tmp_path / "a") if (tmp_path / "a").mkdir() is None else None
     after = torch.rand(1)
@@ -130,9 +134,23 @@ def test_a_cut_reference_is_counted(lm):
     assert cut > 0 and len(prompts["teacher"]) <= 30 and "where is lamp: mill" in lm.tokenizer.decode(prompts["teacher"])
 
 
-@pytest.mark.parametrize("kind", ["retrieval", "induction"])
+@pytest.mark.parametrize("kind", ["retrieval", pytest.param("induction", marks=pytest.mark.slow)])
 def test_a_run_with_prepared_contexts_resumes(kind, tmp_path):
-    fast = dict(batch=4, micro_batch=4, eval_size=1, train_size=60, teacher_every=0, save_every=0, context_kind=kind)
-    summary = train.main(make("agree-seq", out=str(tmp_path), steps=2, negatives="model", w_contrast=0.1, **fast))
-    assert summary["steps"] == 2
-    assert len(json.loads((tmp_path / "contexts.json").read_text())["negatives"]) == 60
+    fast = dict(
+        steps=2,
+        batch=4,
+        micro_batch=4,
+        eval_size=1,
+        train_size=15,
+        max_new_tokens=16,
+        context_kind=kind,
+        negatives="model",
+        w_contrast=0.1,
+    )
+    straight, rows = steps_of(tmp_path / "a", "agree-seq", **fast)
+    assert len(json.loads((tmp_path / "a" / "contexts.json").read_text())["negatives"]) == 15
+    steps_of(tmp_path / "b", "agree-seq", last=1, **fast)
+    resumed, rows_again = steps_of(tmp_path / "b", "agree-seq", resume=True, **fast)
+    assert len(rows) == 2 and rows == rows_again
+    for n, p in straight.lm.model.state_dict().items():
+        assert torch.equal(p, resumed.lm.model.state_dict()[n])

@@ -1,16 +1,14 @@
 """Prompts: one wording for every teacher, and a reference that is cut before the question ever is."""
 
 import pytest
-import torch
 
-from engine.rollout import load
 from tasks import world
 from tasks.data import Example, Wording, chat_ids, context_message, fit_prompt, teacher_message
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load("tiny", torch.device("cpu")).tokenizer
+@pytest.fixture
+def tokenizer(tiny):
+    return tiny.tokenizer
 
 
 def test_the_student_never_sees_the_reference():

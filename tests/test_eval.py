@@ -12,12 +12,12 @@ from tasks.data import Task
 
 def test_one_checkpoint_and_its_base(tmp_path, capsys):
     out = tmp_path / "report"
-    argv = ["--model", str(TINY), "--base", "tiny", "--size", "3", "--device", "cpu", "--out", str(out)]
+    argv = ["--model", str(TINY), "--base", "tiny", "--size", "2", "--device", "cpu", "--out", str(out)]
     assert command.main(argv) == 0
     text = capsys.readouterr().out
     assert "| family | base | alone | with reference |" in text and "jsd_to_base 0.0000" in text and "+0.0 points" in text
     (report,) = json.loads((out / "eval.json").read_text())
-    assert report["model"]["alone"]["n"] == 15 and report["paired"]["wins"] == 0
+    assert report["model"]["alone"]["n"] == 10 and report["paired"]["wins"] == 0
     assert (out / "eval.png").stat().st_size > 5000 and (out / "eval.md").read_text().strip() == text.strip()
     answers = sorted((out / "answers").iterdir())
     assert command.main(argv) == 0 and sorted((out / "answers").iterdir()) == answers

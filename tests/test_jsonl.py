@@ -257,7 +257,7 @@ def run(data, out, *flags):
     return train.main(parse(["--data", str(data), "--out", str(out), *SHORT, *flags]))
 
 
-def test_a_lone_line_of_a_kind_trains_beside_the_others(tmp_path):
+def test_a_lone_line_of_a_kind_trains_beside_the_others(tmp_path, no_picture):
     path = write(
         tmp_path,
         line("number", answer=1, split="train"),
@@ -275,7 +275,7 @@ def test_a_lone_line_of_a_kind_trains_beside_the_others(tmp_path):
         assert run(path, tmp_path / "c", "--agreement", "none")["steps"] == 1
 
 
-def test_questions_that_are_too_long_are_left_out_on_both_sides(tmp_path, capsys):
+def test_questions_that_are_too_long_are_left_out_on_both_sides(tmp_path, capsys, no_picture):
     long = "word " * 1000
     lines = [line(f"q{i} " + long * (i % 4 == 0), answer=i, split="test" if i > 5 else "train") for i in range(9)]
     with pytest.warns(UserWarning, match="1 of 3 held-out questions are left out, first 'q8 word"):
@@ -305,13 +305,13 @@ def test_without_answers_nothing_is_called_wrong(tmp_path, capsys):
     assert "length 8.0 tokens" in told  # the run's own limit
 
 
-def test_a_mixed_file_is_judged_by_what_has_answers(tmp_path):
+def test_a_mixed_file_is_judged_by_what_has_answers(tmp_path, no_picture):
     lines = [line("a", answer=1, split="test"), line("b", split="test"), line("c", split="train")]
     summary = run(write(tmp_path, *lines), tmp_path / "a", "--recipe", "sft")
     assert summary["after"]["by_task"] == {"number": 0.0, "unscored": None} and summary["after"]["accuracy"] == 0.0
 
 
-def test_a_run_goes_on_with_its_own_file_only(tmp_path):
+def test_a_run_goes_on_with_its_own_file_only(tmp_path, no_picture):
     path, out = write(tmp_path, *(line(f"q{i}", answer=i) for i in range(6))), tmp_path / "a"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -3,20 +3,22 @@ elsewhere.
 """
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import steps_of
 from torch.testing import assert_close
 
 import train
 from ema import EMA
+from engine.build import AdapterOff
 from engine.config import make
 from engine.rollout import load
 
 peft = pytest.importorskip("peft")
 CPU = torch.device("cpu")
-FAST = dict(batch=6, micro_batch=3, eval_size=1, train_size=60, teacher_every=0, save_every=2, lora_rank=4, lora_alpha=8)
+FAST = dict(batch=6, micro_batch=3, eval_size=1, train_size=20, teacher_every=0, max_new_tokens=16)
+FAST |= dict(lora_rank=4, lora_alpha=8)
 
 
 def logits(model):
@@ -50,7 +52,7 @@ def test_the_frozen_teacher_is_the_base_whatever_was_trained():
     move(lm)
     moved = logits(lm.model)
     assert (moved - base).abs().max() > 0.1
-    with lm.applied_to(lm.model) as teacher:
+    with AdapterOff(lm.adapter).applied_to(lm.model) as teacher:
         assert_close(logits(teacher), base)
     assert_close(logits(lm.model), moved, rtol=0, atol=0)
 
@@ -73,11 +75,14 @@ def test_the_ema_teacher_moves_after_the_first_update_and_starts_at_the_current_
     assert (after - logits(lm.model)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("recipe", ["sd", "unisd-star", "ssd"])
-def test_a_run_and_its_checkpoint_in_plain_peft(recipe, tmp_path):
+SLOW = [pytest.param(recipe, marks=pytest.mark.slow) for recipe in ("sd", "ssd")]
+
+
+@pytest.mark.parametrize("recipe", ["unisd-star", *SLOW])
+def test_a_run_and_its_checkpoint_in_plain_peft(recipe, tmp_path, no_picture):
     from transformers import AutoModelForCausalLM
 
-    train.main(make(recipe, out=str(tmp_path), steps=4, lora_dropout=0.05, **FAST))
+    train.main(make(recipe, out=str(tmp_path), steps=3, lora_dropout=0.05, **FAST))
     assert (tmp_path / "adapter_model.safetensors").exists() and not (tmp_path / "model.safetensors").exists()
     base = json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"]
     plain = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path).eval()
@@ -87,33 +92,17 @@ def test_a_run_and_its_checkpoint_in_plain_peft(recipe, tmp_path):
 
 
 def test_resume_is_exact_with_factors_and_dropout(tmp_path):
-    cfg = dict(steps=4, lora_dropout=0.1, ema_every=1)
-    train.main(make("unisd-star", out=str(tmp_path / "a"), **cfg, **FAST))
-    run_b = make("unisd-star", out=str(tmp_path / "b"), **cfg, **FAST)
-    stopped = {}
-
-    class StopAtTwo(train.Watch):
-        def after_step(self, run, row, batch):
-            super().after_step(run, row, batch)
-            self.stop = run.step == 2 and not stopped
-
-    original, train.Watch = train.Watch, StopAtTwo
-    try:
-        assert train.main(run_b) == {}
-    finally:
-        train.Watch = original
-    run_b.resume = True
-    train.main(run_b)
-    a, b = (load(str(tmp_path / x), CPU).model.state_dict() for x in "ab")
-    assert all((a[n] == b[n]).all() for n in a)
-    drop = lambda p: [{k: v for k, v in json.loads(x).items() if k[:2] != "s_"} for x in Path(p).read_text().splitlines()]
-    assert drop(tmp_path / "a/log.jsonl") == drop(tmp_path / "b/log.jsonl")
+    cfg = FAST | dict(steps=3, lora_dropout=0.1, ema_every=1)
+    straight, rows = steps_of(tmp_path / "a", **cfg)
+    steps_of(tmp_path / "b", last=2, **cfg)
+    resumed, rows_again = steps_of(tmp_path / "b", resume=True, **cfg)
+    a, b = straight.lm.model.state_dict(), resumed.lm.model.state_dict()
+    assert rows == rows_again and all((a[n] == b[n]).all() for n in a)
 
 
 def test_the_micro_batch_still_does_not_matter_and_checkpointing_neither(tmp_path):
-    for name, more in (("a", {}), ("b", dict(micro_batch=2)), ("c", dict(grad_checkpointing=True))):
-        train.main(make("unisd-star", out=str(tmp_path / name), steps=2, **(FAST | more)))
-    a, b, c = (load(str(tmp_path / x), CPU).model.state_dict() for x in "abc")
+    runs = [({}, "a"), (dict(micro_batch=2), "b"), (dict(grad_checkpointing=True), "c")]
+    a, b, c = (steps_of(tmp_path / x, steps=2, **(FAST | more))[0].lm.model.state_dict() for more, x in runs)
     for n in a:
         assert_close(a[n], b[n], rtol=1e-3, atol=2e-4)
         assert_close(a[n], c[n], rtol=1e-3, atol=2e-4)
@@ -121,15 +110,17 @@ def test_the_micro_batch_still_does_not_matter_and_checkpointing_neither(tmp_pat
 
 def test_training_goes_on_from_a_loaded_adapter(tmp_path):
     """Its factors become part of the weights: what is trained next starts from there, never from the bare base."""
-    train.main(make("sft", out=str(tmp_path / "a"), steps=3, lr=1e-2, **FAST))
-    first = load(str(tmp_path / "a"), CPU)
-    run = train.start(make("sd", model=str(tmp_path / "a"), preset="tiny", out=str(tmp_path), steps=1, **FAST), tmp_path)
+    steps_of(tmp_path / "a", "sft", last=3, steps=3, lr=1e-2, **FAST)
+    saved = str(tmp_path / "a" / "checkpoint-3")
+    first = load(saved, CPU)
+    run = train.start(make("sd", model=saved, preset="tiny", out=str(tmp_path), steps=1, **FAST), tmp_path)
     assert_close(logits(run.lm.model), logits(first.model), rtol=1e-4, atol=1e-4)
     with run.teacher() as teacher:
         assert_close(logits(teacher), logits(first.model), rtol=1e-4, atol=1e-4)
 
 
 def test_a_bf16_base_with_fp32_factors(tmp_path):
-    train.main(make("unisd-star", out=str(tmp_path), steps=2, dtype="bf16", **FAST))
-    again = load(str(tmp_path), CPU)
+    run, _ = steps_of(tmp_path, last=1, steps=1, dtype="bf16", **FAST)
+    assert {p.dtype for n, p in run.lm.model.named_parameters() if "lora_" not in n} == {torch.bfloat16}
+    again = load(str(tmp_path / "checkpoint-1"), CPU)
     assert all(p.dtype == torch.float32 for n, p in again.model.named_parameters() if "lora_" in n)

@@ -22,8 +22,8 @@ def test_wilson_by_hand():
     assert metrics.wilson(0, 10)[0] == 0 and metrics.wilson(10, 10)[1] == 100 and metrics.wilson(0, 0) == (0, 100)
 
 
-def test_drift_of_a_model_from_itself_is_zero_and_grows_with_noise():
-    task, base = world.load(100, 4), load("tiny", CPU)
+def test_drift_of_a_model_from_itself_is_zero_and_grows_with_noise(tiny):
+    task, base = world.load(5, 4), tiny
     same = metrics.drift(load("tiny", CPU), base, task, task.test)
     assert same["jsd_to_base"] == pytest.approx(0, abs=1e-6) and same["retention_ppl"] == pytest.approx(same["reverse_ppl"])
     noisy = load("tiny", CPU)
@@ -36,8 +36,8 @@ def test_drift_of_a_model_from_itself_is_zero_and_grows_with_noise():
     assert moved["reverse_ppl"] > same["reverse_ppl"]
 
 
-def test_perplexity_and_jsd_equal_the_plain_formulas(monkeypatch):
-    a, b = load("tiny", CPU), load("tiny", CPU)
+def test_perplexity_and_jsd_equal_the_plain_formulas(tiny, monkeypatch):
+    a, b = tiny, load("tiny", CPU)
     with torch.no_grad():
         b.model.model.norm.weight.mul_(0.8)
     prompts = [chat_ids(a.tokenizer, "47+38"), chat_ids(a.tokenizer, "where is lamp: mill A, cave B, port C")]
@@ -57,17 +57,17 @@ def test_perplexity_and_jsd_equal_the_plain_formulas(monkeypatch):
     assert metrics.token_jsd(a, b, prompts, ids, mask) == pytest.approx(torch.cat(jsds).mean().item(), rel=1e-4)
 
 
-def test_ended():
-    lm = load("tiny", CPU)
+def test_ended(tiny):
+    lm = tiny
     end = lm.eos[0]
     ids, mask = torch.tensor([[5, end, 7], [5, 6, 7]]), torch.tensor([[1, 1, 0], [1, 1, 1]])
     assert metrics.ended(lm, ids, mask).tolist() == [True, False]
 
 
-def test_another_tokenizer_as_base_is_refused():
-    a, b = load("tiny", CPU), load("tiny", CPU)
+def test_another_tokenizer_as_base_is_refused(tiny):
+    a, b = tiny, load("tiny", CPU)
     b.vocab += 1
-    task = world.load(100, 1)
+    task = world.load(5, 1)
     with pytest.raises(ValueError, match="another tokenizer"):
         metrics.drift(a, b, task, task.test)
 
@@ -88,8 +88,8 @@ def test_paired_differences_by_hand():
         metrics.paired([True], [True, False])
 
 
-def test_entropy_and_gold_perplexity_equal_the_plain_formulas():
-    lm, task = load("tiny", CPU), world.load(5, 1)
+def test_entropy_and_gold_perplexity_equal_the_plain_formulas(tiny):
+    lm, task = tiny, world.load(5, 1)
     nll, entropies = [], []
     for e in task.test:
         prompt = chat_ids(lm.tokenizer, e.question)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import train
+from engine import build
 from engine.config import make, parse
 from engine.parallel import ALONE, Ranks
 
@@ -162,9 +163,19 @@ def test_a_checkpoint_goes_on_under_any_number_of_processes(runs, tmp_path, firs
     nearly_equal(runs / like, tmp_path / "r", tolerance=1e-30 if exact else 1e-5)
 
 
-def test_what_cannot_be_shared_is_refused():
+@pytest.mark.slow
+def test_torchrun_says_what_cannot_be_shared():
     done = subprocess.run(command(2, "unused", "--batch", "9"), env=ENV, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "--batch 9 must be a multiple of the number of processes (2)" in done.stderr
+
+
+def test_what_cannot_be_shared_is_refused(monkeypatch):
+    two = object.__new__(Ranks)
+    two.rank, two.size = 0, 2
+    monkeypatch.setattr(build.parallel, "ranks", lambda: two)
+    with pytest.raises(ValueError, match=r"--batch 9 must be a multiple of the number of processes \(2\)"):
+        build.place(make("sd", batch=9, device="cpu"))
+    assert build.place(make("sd", batch=10, device="cpu"))[1].share(10) == slice(0, 5)
     with pytest.raises(ValueError, match="--shard and --lora-rank"):
         make("sd", shard=True, lora_rank=4)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import steps_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
@@ -49,14 +50,14 @@ def test_the_padded_table_loads_and_ends_are_all_there(shaped):
     ("data", "recipe", "more"),
     [
         ("scienceqa", "unisd-star", dict(context_kind="retrieval")),
-        ("cos_e", "agree-seq", dict(context_kind="induction", context_reference=False)),
-        ("mbpp", "contrast", dict(negatives="model")),
-        ("toolalpaca", "gkd", {}),
-        ("gsm8k", "unisd-star", dict(lora_rank=4, divergence="reverse", estimator="sampled")),
-        ("medmcqa", "sft", dict(grad_checkpointing=True)),
+        pytest.param("cos_e", "agree-seq", dict(context_kind="induction", context_reference=False), marks=pytest.mark.slow),
+        pytest.param("mbpp", "contrast", dict(negatives="model"), marks=pytest.mark.slow),
+        pytest.param("toolalpaca", "gkd", {}, marks=pytest.mark.slow),
+        pytest.param("gsm8k", "unisd-star", dict(lora_rank=4, divergence="reverse", estimator="sampled"), marks=pytest.mark.slow),
+        pytest.param("medmcqa", "sft", dict(grad_checkpointing=True), marks=pytest.mark.slow),
     ],
 )
-def test_a_benchmark_trains_end_to_end(data, recipe, more, shaped, tmp_path):
+def test_a_benchmark_trains_end_to_end(data, recipe, more, shaped, tmp_path, no_picture):
     if "lora_rank" in more:
         pytest.importorskip("peft")
     summary = train.main(make(recipe, model=shaped, data=data, out=str(tmp_path), **(FAST | dict(contexts=2, ema_every=1) | more)))
@@ -73,8 +74,8 @@ def test_a_benchmark_trains_end_to_end(data, recipe, more, shaped, tmp_path):
 
 
 def test_the_padding_rows_never_move(shaped, tmp_path):
-    train.main(make("sd", model=shaped, data="gsm8k", out=str(tmp_path), **(FAST | dict(weight_decay=0.0, lr=1e-2))))
-    before, after = (load(f, CPU).model.get_input_embeddings().weight for f in (shaped, str(tmp_path)))
+    run, _ = steps_of(tmp_path, "sd", model=shaped, data="gsm8k", **(FAST | dict(weight_decay=0.0, lr=1e-2)))
+    before, after = (m.get_input_embeddings().weight for m in (load(shaped, CPU).model, run.lm.model))
     n = load(shaped, CPU).vocab
     assert torch.equal(before[n:], after[n:]) and not torch.equal(before[:n], after[:n])
 

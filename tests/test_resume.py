@@ -16,9 +16,8 @@ from conftest import TWENTY, rows_of, steps_of
 from safetensors.torch import load_file
 
 import train
-from engine import build, checkpoint
+from engine import checkpoint
 from engine.config import parse
-from engine.rollout import load
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,21 +67,30 @@ def test_killed_once_and_resumed_it_is_the_run_that_was_never_killed(tmp_path, t
     assert_same(out, twenty)
 
 
-def test_the_scale_of_fp16_is_in_the_checkpoint(tmp_path, monkeypatch):
-    """From 2^22 the first two steps overflow and the third does not: a run that resumes with a fresh scale skips it too."""
-    scaler = torch.amp.GradScaler
-    monkeypatch.setattr(build.torch.amp, "GradScaler", lambda device, enabled: scaler(device, enabled=enabled, init_scale=2.0**22))
-    fast = dict(steps=3, batch=6, micro_batch=3, eval_size=1, train_size=40, dtype="fp16", ema_every=1)
+def test_the_scale_of_fp16_is_in_the_checkpoint(tmp_path, monkeypatch, tiny):
+    """Two steps overflow, the third does not: it must find the scale that they left."""
+    real, calls = train.chunked_objective, []
+
+    def objective(*args):
+        loss, values = real(*args)
+        calls.append(loss)
+        if len(calls) <= 4:  # two steps of two micro-batches
+            loss.register_hook(lambda grad: grad * math.inf)
+        return loss, values
+
+    monkeypatch.setattr(train, "chunked_objective", objective)
+    fast = dict(steps=3, batch=4, micro_batch=2, eval_size=1, train_size=20, max_new_tokens=16, dtype="fp16", ema_every=1)
     straight, rows = steps_of(tmp_path / "a", **fast)
     assert [math.isfinite(r["grad_norm"]) for r in rows] == [False, False, True]
+    calls.clear()
     steps_of(tmp_path / "b", last=2, **fast)
     state = torch.load(tmp_path / "b" / "checkpoint-2" / "state.pt", weights_only=True)
-    assert state["scaler"]["scale"] == 2.0**20 and not state["optimizer"]  # halved twice, and nothing was updated
+    assert state["scaler"]["scale"] == 65536 / 4 and not state["optimizer"]  # halved twice, and nothing was updated
     resumed, _ = steps_of(tmp_path / "b", resume=True, **fast)
     assert_same_rows(tmp_path / "b", tmp_path / "a")
-    a, b, base = (m.state_dict() for m in (straight.lm.model, resumed.lm.model, load("tiny", torch.device("cpu")).model))
+    a, b, base = (m.state_dict() for m in (straight.lm.model, resumed.lm.model, tiny.model))
     assert all((a[n] == b[n]).all() for n in a) and any((a[n] != base[n]).any() for n in a)
-    assert resumed.scaler.state_dict() == straight.scaler.state_dict()
+    assert resumed.scaler.state_dict() == straight.scaler.state_dict() and resumed.scaler.get_scale() == 65536 / 4
 
 
 @pytest.mark.slow

@@ -20,8 +20,8 @@ from engine.config import RECIPES, Config, make, parse
 from engine.rollout import TINY
 from tasks import world
 
-FAST = dict(steps=3, batch=6, micro_batch=3, eval_size=2, train_size=60, teacher_every=2, sample_every=2, save_every=2)
-FEW = dict(steps=3, batch=6, micro_batch=3, eval_size=1, train_size=40)  # for what looks at the steps alone
+FAST = dict(steps=3, batch=6, micro_batch=3, eval_size=1, train_size=40, teacher_every=2, sample_every=2, save_every=2)
+FEW = dict(steps=3, batch=6, micro_batch=3, eval_size=1, train_size=20, max_new_tokens=16)  # for what looks at the steps alone
 
 
 def weights(folder):
@@ -33,7 +33,7 @@ def timed_rows(out):
 
 
 EVALUATED = [r for r in RECIPES if r not in ("raw", "privileged")]
-SOME = ("sd", "sft-worked")  # and unisd-star, for 20 steps, below
+SOME = ("sd",)  # and unisd-star, for 20 steps, below
 
 
 @pytest.mark.parametrize("recipe", [pytest.param(r, marks=[pytest.mark.slow] * (r not in SOME)) for r in EVALUATED])
@@ -81,7 +81,7 @@ def test_twenty_steps_from_end_to_end(twenty):
 
 
 def test_raw_only_evaluates(tmp_path):
-    summary = train.main(make("raw", out=str(tmp_path), **(FAST | dict(steps=0))))
+    summary = train.main(make("raw", out=str(tmp_path), **(FAST | dict(steps=0, eval_size=2))))
     assert summary["after"]["accuracy"] == summary["before"]["accuracy"] and summary["after"]["jsd_to_base"] < 1e-6
     assert 1.01 < summary["after"]["retention_ppl"] < 1.5  # the base on its own answers: not certain, so not 1
     after, before = weights(tmp_path), weights(TINY)
@@ -89,14 +89,14 @@ def test_raw_only_evaluates(tmp_path):
 
 
 def test_the_loss_falls_on_one_batch(tmp_path):
-    """Fifteen steps on five questions: the divergence must shrink, or nothing is learned at all."""
-    _, rows = steps_of(tmp_path, "sd", **(FEW | dict(steps=15, train_size=5, batch=20, micro_batch=20)))
-    assert sum(r["div"] for r in rows[-5:]) < 0.7 * sum(r["div"] for r in rows[:5])
+    """Twelve steps on five questions: the divergence must shrink, or nothing is learned at all."""
+    _, rows = steps_of(tmp_path, "sd", **(FEW | dict(steps=12, train_size=5, batch=10, micro_batch=10)))
+    assert sum(r["div"] for r in rows[-4:]) < 0.7 * sum(r["div"] for r in rows[:4])
 
 
 def test_same_seed_same_run_and_the_micro_batch_does_not_matter(tmp_path):
     """Samples come from the same random numbers, so whole runs must agree, up to the order of fp32 sums."""
-    runs = [steps_of(tmp_path / name, **(FEW | dict(micro_batch=micro))) for name, micro in (("a", 6), ("b", 2), ("c", 6))]
+    runs = [steps_of(tmp_path / name, **(FEW | dict(steps=2, micro_batch=micro))) for name, micro in (("a", 6), ("b", 2), ("c", 6))]
     (a, b, c), rows = (run.lm.model.state_dict() for run, _ in runs), [rows for _, rows in runs]
     assert rows[0] == rows[2] and all((a[n] == c[n]).all() for n in a)
     for n in a:
@@ -108,6 +108,13 @@ def test_every_recipe_sees_the_same_examples_in_the_same_order():
     assert sorted(first[:100]) == list(range(100)) and sorted(first[100:200]) == list(range(100))
     assert first[:100] != first[100:200]
     assert train.order(100, 3, 80, 70) == first[80:150] and train.order(100, 4, 0, 100) != first[:100]
+
+
+def test_worked_answers_train_too(tmp_path):
+    """The base writes in this style already: its loss on worked answers begins low, on terse references high."""
+    first = {recipe: steps_of(tmp_path / recipe, recipe, **FEW)[1] for recipe in ("sft", "sft-worked")}
+    assert all(r["nll"] == r["loss"] and "div" not in r for rows in first.values() for r in rows)
+    assert first["sft-worked"][0]["loss"] < 1 < 5 < first["sft"][0]["loss"]
 
 
 @pytest.mark.parametrize("recipe", ["sft", "sft-worked"])
@@ -219,9 +226,9 @@ def test_fp16_trains_like_fp32(tmp_path):
 
 def test_an_overflow_skips_the_update_and_halves_the_scale(tmp_path, monkeypatch):
     scale_of(monkeypatch, 2.0**40)
-    run, rows = steps_of(tmp_path, "sd", dtype="fp16", **FEW)
+    run, rows = steps_of(tmp_path, "sd", dtype="fp16", **(FEW | dict(steps=2)))
     before, after = weights(TINY), run.lm.model.state_dict()
-    assert len(rows) == 3 and run.scaler.get_scale() == 2.0**37 and all((before[n] == after[n]).all() for n in before)
+    assert len(rows) == 2 and run.scaler.get_scale() == 2.0**38 and all((before[n] == after[n]).all() for n in before)
     assert all(math.isfinite(r["loss"]) and not math.isfinite(r["grad_norm"]) for r in rows)
 
 
@@ -258,7 +265,7 @@ def test_a_full_disk_is_one_clear_line_and_keeps_the_last_checkpoint(tmp_path, m
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
     with pytest.raises(checkpoint.DiskFull, match="disk is full"):
-        train.main(make("sd", out=str(tmp_path), **(FEW | dict(teacher_every=0, save_every=1))))
+        train.main(make("sft", out=str(tmp_path), **(FEW | dict(teacher_every=0, save_every=1))))
     assert [p.name for p in checkpoint.all_checkpoints(tmp_path)] == ["checkpoint-1"] and not list(tmp_path.glob(".writing*"))
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
     with pytest.raises(ValueError, match="GB free"):
@@ -296,7 +303,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("flags", REFUSED, ids=" ".join)
 def test_refused_with_one_line_that_names_the_setting(flags, tmp_path, capsys):
-    out = ["--out", str(tmp_path / "o"), "--steps", "1", "--eval-size", "1", "--batch", "2"]
+    out = ["--out", str(tmp_path / "o"), "--steps", "1", "--eval-size", "1", "--train-size", "20", "--batch", "2"]
     if torch.cuda.is_available() and "cuda:9" in flags:
         pytest.skip("needs a machine without CUDA")
     try:
@@ -327,21 +334,34 @@ def test_a_reference_that_does_not_help_is_said_before_training(recipe, shown, s
     assert sum("nothing to teach" in str(w.message) for w in seen) == said
 
 
-def test_another_runs_folder_is_refused(tmp_path, capsys, no_picture):
-    train.main(make("raw", out=str(tmp_path), **(FAST | dict(steps=0))))
-    assert train.cli(["--out", str(tmp_path)]) == 2
+def test_another_runs_folder_is_refused(twenty, tmp_path, capsys):
+    assert train.cli(["--out", str(twenty)]) == 2
     assert "holds another run" in capsys.readouterr().err
     assert train.cli(["--out", str(tmp_path / "nothing"), "--resume"]) == 2
     assert "holds no run" in capsys.readouterr().err
-    assert train.cli(["--out", str(tmp_path), "--resume", "--lr", "0.5"]) == 2
+    assert train.cli(["--out", str(twenty), "--resume", "--lr", "0.5"]) == 2
     assert "--lr is 0.5 here" in capsys.readouterr().err
+
+
+def test_a_run_that_is_stopped_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    class StopAtOne(train.Watch):
+        def after_step(self, run, row, batch):
+            super().after_step(run, row, batch)
+            self.stop = True
+
+    monkeypatch.setattr(train, "Watch", StopAtOne)
+    flags = "--recipe sd --steps 3 --batch 2 --micro-batch 2 --eval-size 1 --train-size 10 --teacher-every 0 --device cpu".split()
+    assert train.cli([*flags, "--out", str(tmp_path)]) == 130
+    told = capsys.readouterr().out
+    assert f"stopped at step 1 of 3; go on with: python train.py --out {tmp_path} --resume" in told
+    assert (tmp_path / "checkpoint-1" / "state.pt").exists() and not (tmp_path / "summary.json").exists()
 
 
 def test_resume_without_out_finds_the_default_folder(tmp_path, monkeypatch, capsys, no_picture):
     monkeypatch.chdir(tmp_path)
-    fast = "--steps 1 --batch 2 --micro-batch 2 --eval-size 1 --train-size 50 --teacher-every 0 --device cpu".split()
-    assert train.cli(["--recipe", "sd", *fast]) == 0
-    assert train.cli(["--recipe", "sd", "--resume"]) == 0
+    fast = "--steps 1 --batch 2 --micro-batch 2 --eval-size 1 --train-size 10 --teacher-every 0 --device cpu".split()
+    assert train.cli(["--recipe", "sft", *fast]) == 0
+    assert train.cli(["--recipe", "sft", "--resume"]) == 0
     assert "is finished" in capsys.readouterr().out
 
 
@@ -378,15 +398,15 @@ def test_runs_of_different_models_and_data_have_different_folders(tmp_path, monk
     assert parse(["--recipe", "sd", "--resume"]).lr != 0.5
 
 
-def test_departures_from_the_official_settings_are_said(tmp_path, capsys, no_picture):
+def test_departures_from_the_official_settings_are_said(tmp_path, capsys):
     fast = FAST | dict(steps=1, epochs=0.0, data="tiny", max_new_tokens=40, max_prompt_tokens=400, lora_rank=0)
-    train.main(make("raw", model="tiny", preset="official", out=str(tmp_path), **(fast | dict(steps=0))))
+    train.start(make("raw", model="tiny", preset="official", out=str(tmp_path), **(fast | dict(steps=0))), tmp_path)
     assert "official settings, except" in capsys.readouterr().out
 
 
-def test_epochs_become_steps(tmp_path, no_picture):
-    summary = train.main(make("sft", out=str(tmp_path), **(FEW | dict(steps=0, epochs=0.5, batch=10, teacher_every=0))))
-    assert summary["steps"] == 2
+def test_epochs_become_steps(tmp_path):
+    run, rows = steps_of(tmp_path, "sft", **(FEW | dict(steps=0, epochs=0.5, train_size=40, batch=10)))
+    assert run.cfg.steps == run.step == len(rows) == 2
 
 
 def test_help_shows_every_setting_with_its_default(capsys):

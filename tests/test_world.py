@@ -18,10 +18,10 @@ def items(family, n=150, **how):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_worked_and_terse_answers_are_right_and_the_negative_is_wrong(family):
     for scramble in (False, True):
-        some = [world.to_example(i, random.Random(0)) for i in items(family, 40, scramble=scramble)]
+        some = [world.to_example(i, random.Random(0)) for i in items(family, 20, scramble=scramble)]
         for text, right in ((lambda e: e.demo, True), (lambda e: e.target, True)):
             assert all(r["correct"] is right for r in score(some, [text(e) for e in some]))
-        wrong = [world.to_example(i, random.Random(0), wrong=True) for i in items(family, 40, scramble=scramble)]
+        wrong = [world.to_example(i, random.Random(0), wrong=True) for i in items(family, 20, scramble=scramble)]
         assert not any(r["correct"] for r in score(wrong, [e.target for e in wrong]))
 
 
@@ -67,18 +67,18 @@ def test_out_of_distribution_is_harder_by_construction():
 
 
 def test_wrong_references_on_demand():
-    noisy = world.load(2000, 5, wrong_references=0.35).train
+    noisy = [e for e in world.load(2000, 5, wrong_references=0.35).train if e.task != "code"]  # programs take long to judge
     right = [r["correct"] for r in score(noisy, [e.target for e in noisy])]
     assert 0.6 < sum(right) / len(right) < 0.7
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_where_the_reference_is_wrong_the_negative_is_wrong_too(family):
-    for item in items(family, 60):
-        other = world.other_slip(item)
-        example = world.to_example(item, random.Random(0))
-        assert other not in (item.terse, item.wrong)
-        assert not score([example], [other])[0]["correct"]
+    some = items(family, 60)
+    others = [world.other_slip(item) for item in some]
+    assert all(other not in (item.terse, item.wrong) for item, other in zip(some, others, strict=True))
+    examples = [world.to_example(item, random.Random(0)) for item in some]
+    assert not any(r["correct"] for r in score(examples, others))
 
 
 def test_the_world_is_finite_and_says_so():
