@@ -93,6 +93,8 @@ def place(cfg: Config) -> tuple[torch.device, Alone]:
     print(f"{reason} | torch {torch.__version__} | seed {cfg.seed}" + (f" | {ranks.size} processes" * (ranks.size > 1)))
     if cfg.batch % ranks.size:
         raise ValueError(f"--batch {cfg.batch} must be a multiple of the number of processes ({ranks.size})")
+    if cfg.shard and cfg.dtype == "fp16":
+        raise ValueError("--shard with --dtype fp16 is not supported: use --dtype bf16 or fp32, or leave out --shard")
     if cfg.shard and ranks.size == 1:
         raise ValueError("--shard divides the model among processes: start it with torchrun --nproc-per-node 2 or more")
     return device, ranks

@@ -145,7 +145,7 @@ def save(run) -> Path:
                 run.lm.save(new, weights)
                 torch.save(state, new / "state.pt")
                 for file in new.iterdir():
-                    with file.open("rb") as f:
+                    with file.open("r+b") as f:
                         os.fsync(f.fileno())
                 if final.exists():
                     shutil.rmtree(final)
@@ -272,6 +272,8 @@ def clear(out: Path) -> None:
     """A finished run needs its checkpoints no more: its model lies in <out> itself."""
     for folder in all_checkpoints(out):
         shutil.rmtree(folder, ignore_errors=True)
+    if out in HELD:
+        os.close(HELD.pop(out))  # Windows does not delete what is open
     for leftover in ("before.json", ".lock"):
         (out / leftover).unlink(missing_ok=True)
 

@@ -132,9 +132,9 @@ def describe(cfg: Config) -> str:
     if size is None:
         return "\n".join([*lines, "memory and time: unknown until the model is downloaded (give a folder or a short name)"])
     parameters = size[0]
-    needed = memory(cfg, *size, bf16=dtype == "bf16", processes=parallel.size())
+    needed = memory(cfg, *size, bf16=dtype != "fp32", processes=parallel.size())
     lines.append(f"memory: about {needed / 2**30:.1f} GiB, of {parameters / 1e6:.0f} M parameters")
-    speed = flops_per_second(device, torch.bfloat16 if dtype == "bf16" else torch.float32)
+    speed = flops_per_second(device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32))
     prompt = PROMPT.get(cfg.data, min(cfg.max_prompt_tokens, 300))
     tokens = cfg.batch * (prompt + cfg.max_new_tokens / 4)  # typical lengths, not the longest
     read, trained = sum(found.values()) - 1, 4 if cfg.grad_checkpointing else 3

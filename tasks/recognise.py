@@ -48,7 +48,7 @@ def recognise(question: str) -> Example | None:
             case ["tool", *asked]:
                 asks = [w for ways, _ in world.TOOLS.values() for w in ways]
                 draws = [next(w for w in asked if w in pool) for pool in (asks, world.CITIES, world.DAYS)]
-                family, dice.told = "tool", draws + numbers
+                family, dice.told = "tool", draws + [str(n) for n in numbers]
             case _:
                 return None
         item = world.MAKE[family](dice, ood=family == "code" and len(numbers) == 3, scramble=False)

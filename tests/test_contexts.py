@@ -33,10 +33,10 @@ def test_random_demonstrations_are_of_the_task_never_of_the_question_and_repeat_
     assert contexts.random_demos(pool, 3, 3, 2, seed=5) == contexts.random_demos(pool, 3, 3, 2, seed=5)
     assert contexts.random_demos(pool, 3, 3, 2, seed=5) != contexts.random_demos(pool, 3, 3, 2, seed=6)
     few = [Example(name, str(i), "r") for i, name in enumerate("aab")]  # "b" has no other: those of "a" stand in
-    assert contexts.others_of(few, 0, 1) == [1] and contexts.others_of(few, 2, 1) == [0, 1]
-    assert contexts.others_of(few, 0, 2) == [1, 2]
+    assert contexts.other_questions(few, 0, 1) == [1] and contexts.other_questions(few, 2, 1) == [0, 1]
+    assert contexts.other_questions(few, 0, 2) == [1, 2]
     with pytest.raises(ValueError, match="need 3 other training questions, and there are 2"):
-        contexts.others_of(few, 0, 3)
+        contexts.other_questions(few, 0, 3)
 
 
 def test_retrieval_finds_the_similar_ones_but_never_the_question_or_its_duplicate():
