@@ -162,8 +162,8 @@ def test_a_checkpoint_goes_on_under_any_number_of_processes(runs, tmp_path, firs
     nearly_equal(runs / like, tmp_path / "r", tolerance=1e-30 if exact else 1e-5)
 
 
-def test_what_cannot_be_shared_is_refused():
-    done = subprocess.run(command(2, "unused", "--batch", "9"), env=ENV, capture_output=True, text=True, check=False)
+def test_what_cannot_be_shared_is_refused(tmp_path):
+    done = subprocess.run(command(2, tmp_path / "unused", "--batch", "9"), env=ENV, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "--batch 9 must be a multiple of the number of processes (2)" in done.stderr
     with pytest.raises(ValueError, match="--shard and --lora-rank"):
         make("sd", shard=True, lora_rank=4)
