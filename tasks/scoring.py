@@ -146,13 +146,10 @@ def _decimal(text: str) -> Decimal:
 def said_number(text: str) -> Decimal | None:
     """The number after the last ####, else after the last "answer is", else the last number; None if there is none."""
     text = text.replace("−", "-")
-    marked = [text.rsplit("####", 1)[1].strip()] if "####" in text else []
-    stated = [text[match.end() :] for match in list(_ANSWER_IS.finditer(text))[-1:]]
-    for part in marked + stated:
-        if found := re.search(NUMBER, part.split("\n", 1)[0]):
-            return _decimal(found[0])
-    found = re.findall(NUMBER, text)
-    return _decimal(found[-1]) if found else None
+    marked, stated = text.split("####")[1:], _ANSWER_IS.split(text)[1:]
+    lines = [part.strip().split("\n")[0] for part in marked[-1:]] + [part.split("\n")[0] for part in stated[-1:]]
+    numbers = [found[0] for line in lines if (found := re.search(NUMBER, line))] + re.findall(NUMBER, text)[-1:]
+    return _decimal(numbers[0]) if numbers else None
 
 
 def _judge_number(answer: dict, text: str) -> dict:
@@ -168,14 +165,10 @@ def plain(text: str) -> str:
     return " ".join(kept.split()) or " ".join(text.split())  # an answer may be nothing but punctuation
 
 
-def said_text(text: str) -> str:
-    """What follows the last "answer is" or "Answer:", else the last line."""
-    stated = list(_ANSWER_IS.finditer(text))
-    return text[stated[-1].end() :].strip().split("\n", 1)[0].strip() if stated else last_line(text)
-
-
 def _judge_text(answer: dict, text: str) -> dict:
-    said = said_text(text) or None
+    """What follows the last "answer is" or "Answer:" counts, else the last line."""
+    stated = _ANSWER_IS.split(text)[1:]
+    said = (stated[-1].strip().split("\n")[0].strip() if stated else last_line(text)) or None
     correct = said is not None and plain(said) == plain(answer["value"])
     return _result(said, correct, last_line(text).startswith(answer["mark"])) | {"said": said}
 
@@ -188,10 +181,7 @@ _CALL = re.compile(
 
 
 def react_calls(text: str) -> list[dict]:
-    """Every (Action, Action Input) of a ReAct text: {"action", "arguments" (None: no JSON object), "start", "end"}.
-
-    start and end are where the arguments stand in the text.
-    """
+    """Every (Action, Action Input) of a ReAct text: {"action", "arguments" (None: no JSON object), where they "start", "end"}."""
     calls = []
     for match in _CALL.finditer(text):
         value, end = None, match.end()
