@@ -33,9 +33,7 @@ def disagreement(logps: Tensor, mask: Tensor, level: str, stat: str) -> Tensor:
     if level not in ("token", "sequence") or stat not in ("var", "range"):
         raise ValueError(f"level must be token or sequence and stat var or range, got level={level!r}, stat={stat!r}")
     if stat == "var" and logps.shape[0] < 2:
-        raise ValueError(
-            f"the variance of {logps.shape[0]} context is undefined: give at least 2 contexts, or use stat range"
-        )
+        raise ValueError(f"the variance of {logps.shape[0]} context is undefined: give at least 2 contexts, or use stat range")
     mask = mask.bool()
     # Masked positions may hold anything, inf and nan included; where() forgets them, a multiplication by 0 would not.
     logps = torch.where(mask, logps, torch.zeros_like(logps))
@@ -97,9 +95,7 @@ def coefficients(mask: Tensor, weights: Tensor, normalizer: str = "batch") -> Te
     # With "batch" all sequences share one denominator, and a sequence of half the weight has half the say.
     masked_weights = torch.where(mask.bool(), weights, torch.zeros_like(weights))
     if not mask.bool().any():
-        raise ValueError(
-            "every token is masked: the loss would be 0/0 (is max_new_tokens too small, or was the completion cut?)"
-        )
+        raise ValueError("every token is masked: the loss would be 0/0 (is max_new_tokens too small, or was the completion cut?)")
     if normalizer == "batch":
         return masked_weights / masked_weights.sum()
     if normalizer == "sequence":

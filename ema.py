@@ -98,9 +98,7 @@ class EMA:
         saved, present = ({n: tuple(t.shape) for n, t in shadow.items()} for shadow in (state["shadow"], self.shadow))
         if saved != present:
             differ = sorted(name for name in saved.keys() | present.keys() if saved.get(name) != present.get(name))
-            raise ValueError(
-                f"the saved average belongs to another model: {len(differ)} parameters differ, first {differ[0]}"
-            )
+            raise ValueError(f"the saved average belongs to another model: {len(differ)} parameters differ, first {differ[0]}")
         self.decay, self.updates = state["decay"], state["updates"]
         for name, values in state["shadow"].items():
             self.shadow[name].copy_(values)

@@ -28,18 +28,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from engine import metrics
+from engine import any_console, metrics
 from engine.config import saved_settings
 from engine.rollout import Loaded, choose_device, load
 from tasks.catalog import load_task
 from tasks.data import Task
 
-TABLE_1 = (
-    "scienceqa",
-    "cos_e",
-    "mbpp",
-    "toolalpaca",
-)  # the paper's, whose first and third bring GPQA and HumanEval with them
+TABLE_1 = ("scienceqa", "cos_e", "mbpp", "toolalpaca")  # the paper's, whose first and third bring GPQA and HumanEval with them
 
 
 def one_model(lm: Loaded, task: Task, limit: int, cache: Path) -> dict:
@@ -60,9 +55,7 @@ def evaluate(model: Loaded, base: Loaded | None, task: Task, limit: int, cache: 
     for lm in filter(None, (model, base)):
         task.test, task.ood = (metrics.that_fit(lm, side, limit) for side in (task.test, task.ood))
     if not task.test:
-        raise ValueError(
-            f"--task {task.name}: no question fits beside an answer of {limit} tokens; lower --max-new-tokens"
-        )
+        raise ValueError(f"--task {task.name}: no question fits beside an answer of {limit} tokens; lower --max-new-tokens")
     report = {"task": task.name, "n": len(task.test), "model": one_model(model, task, limit, cache)}
     if base:
         report["base"] = one_model(base, task, limit, cache)
@@ -120,9 +113,7 @@ def table_1(reports: list[dict]) -> str:
     lines = ["| | " + " | ".join(columns) + " | mean |", "|---" * (len(columns) + 2) + "|"]
     for who, cells in rows.items():
         shown = [f"{cells[c][0]:.1f} [{cells[c][1][0]:.0f}, {cells[c][1][1]:.0f}]" for c in columns]
-        lines.append(
-            f"| {who} | " + " | ".join(shown) + f" | **{sum(v for v, _ in cells.values()) / len(cells):.1f}** |"
-        )
+        lines.append(f"| {who} | " + " | ".join(shown) + f" | **{sum(v for v, _ in cells.values()) / len(cells):.1f}** |")
     return "\n".join(lines)
 
 
@@ -135,10 +126,7 @@ def figure(reports: list[dict], path: Path) -> None:
         x = [i + 0.38 * (k - (len(rows) - 1) / 2) for i in range(len(columns))]
         y = [cells[c][0] for c in columns]
         low, high = ([cells[c][1][end] for c in columns] for end in (0, 1))
-        spread = [
-            [max(0.0, a - b) for a, b in zip(y, low, strict=True)],
-            [max(0.0, b - a) for a, b in zip(y, high, strict=True)],
-        ]
+        spread = [[max(0.0, a - b) for a, b in zip(y, low, strict=True)], [max(0.0, b - a) for a, b in zip(y, high, strict=True)]]
         axis.bar(x, y, 0.36, yerr=spread, capsize=3, color=("#999999", "#0072B2")[k + 2 - len(rows)], label=who)
     axis.set_xticks(range(len(columns)), [c.replace(" (", "\n(") for c in columns])
     axis.set(ylabel="accuracy, per cent", ylim=(0, 105), title="held-out accuracy, greedy, 95 % intervals")
@@ -167,18 +155,13 @@ def main(argv: list[str] | None = None) -> int:
         default=100,
         help="questions per family of the tiny world, else per task (0 = all; the tiny world has no end: 100)",
     )
-    parser.add_argument(
-        "--max-new-tokens", type=at_least(0), default=0, help="longest answer (0 = the run's, else the task's)"
-    )
-    parser.add_argument(
-        "--sample-batch", type=at_least(1), default=256, help="prompts answered together; bounds memory"
-    )
+    parser.add_argument("--max-new-tokens", type=at_least(0), default=0, help="longest answer (0 = the run's, else the task's)")
+    parser.add_argument("--sample-batch", type=at_least(1), default=256, help="prompts answered together; bounds memory")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="matmul precision")
-    parser.add_argument(
-        "--out", default="", help="folder for eval.json, eval.md, eval.png and the answers ('' = only print)"
-    )
+    parser.add_argument("--out", default="", help="folder for eval.json, eval.md, eval.png and the answers ('' = only print)")
     args = parser.parse_args(argv)
+    any_console()
     warnings.formatwarning = lambda message, *_, **__: f"eval.py: {message}\n"
     with tempfile.TemporaryDirectory() as scratch:
         try:

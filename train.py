@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine import checkpoint, metrics, parallel, plan
+from engine import any_console, checkpoint, parallel, plan
 from engine.adaptive import divergence_before, least_certain, uncertainty
 from engine.build import Run, start
 from engine.config import SETTINGS, Config, default_out, parse
@@ -35,7 +35,7 @@ from engine.head import chunked_objective, head_of
 from engine.parallel import ALONE, Alone, clip_gradients, whole_layers
 from engine.reading import PackedReader, token_slices
 from engine.rollout import generate, right_pad, turn_end
-from engine.watch import Watch, after_training, before_training
+from engine.watch import Clock, Watch, after_training, before_training, log_row
 from losses import quantile_ceiling
 from unisd import Batch, Scores, Tokens, Weights, context_readings, read, score_teachers, tokens_of, weigh
 
@@ -103,7 +103,7 @@ def train(run: Run, log, watch: Watch) -> None:
         clock.lap("update")
 
         # --- 6. log: one row, now and then a sample, a measurement, a checkpoint -----------------------------------------
-        row = summarise(run, batch, weights, ceiling, values, loss.item(), norm.item(), tally) | clock.seconds
+        row = log_row(run, batch, weights, ceiling, values, loss.item(), norm.item(), tally) | clock.seconds
         watch.after_step(run, row, batch)
         log.write(json.dumps(row) + "\n")
         log.flush()
@@ -137,9 +137,7 @@ def weigh_step(
     weights = Weights(**{name: ranks.mine(x, batch.mask) for name, x in vars(whole).items()})
     if not cfg.w_div:
         return weights, None
-    return weights, quantile_ceiling(
-        ranks.gather(before), mask, cfg.clip_quantile
-    ) if cfg.clip_quantile else cfg.clip or None
+    return weights, quantile_ceiling(ranks.gather(before), mask, cfg.clip_quantile) if cfg.clip_quantile else cfg.clip or None
 
 
 def scaled(tokens: Tokens, scale: float) -> Tokens:
@@ -164,9 +162,7 @@ def order(n: int, seed: int, start: int, count: int) -> list[int]:
 
 
 def write_answers(run: Run, prompts: list[dict], chosen: list[int], tally: dict) -> tuple[Tensor, Tensor]:
-    """The completions of a step: sampled on-policy, sampled from the frozen base (ssd), or the references (sft; a share
-    of the steps in gkd).
-    """
+    """The completions of a step: sampled on-policy, sampled from the frozen base (ssd), or the references (sft, part of gkd)."""
     cfg, lm = run.cfg, run.lm
     # The step's randomness is a function of seed and step, drawn for the whole batch: it does not depend on how many
     # processes share it, nor on what happened before.
@@ -196,44 +192,6 @@ def schedule(step: int, cfg: Config) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, cfg.steps - rise)))
 
 
-class Clock:
-    """Wall seconds of the parts of a step; waits for the device, which works behind the program's back."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.seconds = device, {}
-        self.then = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds["s_" + name], self.then = round(now - self.then, 4), now
-
-
-def summarise(
-    run: Run, batch: Batch, weights: Weights, ceiling, values: list[dict], loss: float, norm: float, tally: dict
-) -> dict:
-    """One row of log.jsonl. Means are over the unmasked tokens of the whole step, on every process; docs/run-folder.md explains
-    each key.
-    """
-    m = batch.mask.bool()
-    tokens = {k: torch.cat([v[k] for v in values]) for k in values[0]} | {"weight": weights.reliability[m]}
-    if ceiling is not None:
-        tokens["clipped"] = tokens["div"] > ceiling
-    sequences = {"length": batch.mask.sum(1), "eos": metrics.ended(run.lm, batch.ids, batch.mask)}
-    counted = {k: torch.tensor(float(v)) for k, v in tally.items()}
-    sums = [m.sum(), torch.tensor(len(m)), *(v.sum() for v in (tokens | sequences | counted).values())]
-    n, b, *sums = run.ranks.total(torch.stack([s.cpu().double() for s in sums])).tolist()
-    row = {"step": run.step, "loss": loss, "grad_norm": norm, "lr": run.optimizer.param_groups[0]["lr"]}
-    for k, s in zip(tokens | sequences | counted, sums, strict=True):
-        row[k] = s / n if k in tokens else s / b if k in sequences else int(s)
-    if "decoded" in row:
-        row["wasted"] = 1 - row.pop("written") / row.pop("decoded")
-    if "padded" in row:
-        row["padding"] = 1 - row.pop("read") / row.pop("padded")
-    return row
-
-
 # --- plumbing: measure before and after, write it all down -----------------------------------------------------------
 
 
@@ -249,9 +207,7 @@ def main(cfg: Config) -> dict:
     out = Path(cfg.out) if rank else checkpoint.claim(cfg)
     parallel.ranks().wait()
     if cfg.resume and (out / "summary.json").exists():
-        print(
-            f"{out} is finished; its numbers are in {out / 'summary.json'}; to train on: --model {out} and another --out"
-        )
+        print(f"{out} is finished; its numbers are in {out / 'summary.json'}; to train on: --model {out} and another --out")
         return json.loads((out / "summary.json").read_text())
     run = start(cfg, out)
     checkpoint.write_json(out / SETTINGS, asdict(cfg))
@@ -259,11 +215,7 @@ def main(cfg: Config) -> dict:
     if cfg.resume:
         checkpoint.restore(run)
         print(f"resumed at step {run.step} of {cfg.steps}")
-    with (
-        (Path(os.devnull) if rank else out / "log.jsonl").open("a") as log,
-        Watch(run) as watch,
-        checkpoint.disk("log.jsonl"),
-    ):
+    with (Path(os.devnull) if rank else out / "log.jsonl").open("a") as log, Watch(run) as watch, checkpoint.disk("log.jsonl"):
         train(run, log, watch)
     if run.step < cfg.steps:
         checkpoint.save(run)
@@ -278,8 +230,6 @@ OUT_OF_MEMORY = (
     "the device is out of memory; the last checkpoint is whole. Go on with --resume and a lower --micro-batch or "
     "--max-tokens-per-pass or --sample-batch, or with --grad-checkpointing (none changes the result)"
 )
-
-
 OTHERS_GONE = (
     "another process of this run ended, or cannot be reached any more ({}): its own message, if it left one, says why. The last "
     "checkpoint, if one was written, is whole: go on with the same torchrun command and --resume, under any number of processes"
@@ -290,6 +240,7 @@ def cli(argv: list[str] | None = None) -> int:
     """`python train.py ...`: one clear line instead of a traceback for everything a user can fix. -> the exit code: 130 for
     a run that was stopped, so that what follows in a script does not take it for finished.
     """
+    any_console()
     warnings.formatwarning = lambda message, *_, **__: f"train.py: {message}\n"
     try:
         with parallel.one_voice():

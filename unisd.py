@@ -41,9 +41,7 @@ class Mechanisms:
 
     w_div: float = opt(1.0, "weight of the divergence to the teacher, eq. 1 (0 = off)")
     divergence: str = opt(
-        "forward",
-        "forward = KL(teacher||student), reverse = KL(student||teacher), jsd = eq. 7",
-        ("forward", "reverse", "jsd"),
+        "forward", "forward = KL(teacher||student), reverse = KL(student||teacher), jsd = eq. 7", ("forward", "reverse", "jsd")
     )
     alpha: float = opt(0.5, "jsd only: weight of the teacher in the mixture, strictly between 0 and 1")
     estimator: str = opt(
@@ -152,9 +150,7 @@ class Reading:
 class Scores:
     """What the teachers say of a step's answers, without gradient. None = nobody asked."""
 
-    states: Tensor | None = (
-        None  # (N, H) of the teacher who saw the reference; its head turns them into log-probs later
-    )
+    states: Tensor | None = None  # (N, H) of the teacher who saw the reference; its head turns them into log-probs later
     negative: Tensor | None = None  # (B, T) log p(y_t) under the teacher who saw a wrong reference
     contexts: Tensor | None = None  # (K, B, T) log p(y_t) under each of the K contexts
 
@@ -340,9 +336,7 @@ def example() -> None:
         )
     div, contrast = (tokens.share * values["div"].clamp(max=m.clip)).sum(), values["contrast"].mean()
     print(f"loss {loss.item():.4f} = sum of share * min(D, .3) {div:.4f} + 0.1 * mean C {contrast:.4f}")
-    print(
-        "Notice: the clip silences D on the first token, so only the contrast pushes it; the second counts half, as the contexts"
-    )
+    print("Notice: the clip silences D on the first token, so only the contrast pushes it; the second counts half, as the contexts")
     print("disagree about it; on the third all readings are equal: C is the bare margin, and nothing pushes.")
 
 

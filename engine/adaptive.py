@@ -51,9 +51,7 @@ def scattered(values: Tensor, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def uncertainty(
-    reader: PackedReader, scores: Scores, cfg: Config, before: Tensor | None, ranks: Alone = ALONE
-) -> Tensor:
+def uncertainty(reader: PackedReader, scores: Scores, cfg: Config, before: Tensor | None, ranks: Alone = ALONE) -> Tensor:
     """How uncertain each of this process' sequences is, by --uncertainty. `before`: divergence_before, if that is asked.
 
     -> (b,)
@@ -66,9 +64,7 @@ def uncertainty(
         return torch.rand(n, generator=seed)[ranks.share(n)].to(batch.mask.device)
     if cfg.uncertainty == "entropy":
         entropies = lambda logps, _: losses.entropy(logps)
-        before = scattered(
-            each_token(scores.states, reader.head, cfg.distill_temperature, reader.chunk, entropies), batch
-        )
+        before = scattered(each_token(scores.states, reader.head, cfg.distill_temperature, reader.chunk, entropies), batch)
     return before.sum(1) / batch.mask.sum(1).clamp(min=1)
 
 

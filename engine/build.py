@@ -73,9 +73,9 @@ class Run:
 
 def task_of(cfg: Config) -> tuple[Task, dict]:
     """The data that a run asks for -> (Task, what was kept and dropped)."""
-    here = cfg.data == "tiny" or jsonl.is_file(cfg.data)
+    at_hand = cfg.data == "tiny" or jsonl.is_file(cfg.data)
     # Where nothing is trained, a hub's training data is not even downloaded.
-    train = cfg.train_size if here or cfg.steps or cfg.epochs else None
+    train = cfg.train_size if at_hand or cfg.steps or cfg.epochs else None
     return catalog.load_task(
         cfg.data, train_size=train, test_size=cfg.eval_size, wrong_references=cfg.wrong_references, seed=cfg.seed
     )
@@ -93,6 +93,8 @@ def place(cfg: Config) -> tuple[torch.device, Alone]:
     print(f"{reason} | torch {torch.__version__} | seed {cfg.seed}" + (f" | {ranks.size} processes" * (ranks.size > 1)))
     if cfg.batch % ranks.size:
         raise ValueError(f"--batch {cfg.batch} must be a multiple of the number of processes ({ranks.size})")
+    if cfg.shard and cfg.dtype == "fp16":
+        raise ValueError("--shard with --dtype fp16 is not supported: use --dtype bf16 or fp32, or leave out --shard")
     if cfg.shard and ranks.size == 1:
         raise ValueError("--shard divides the model among processes: start it with torchrun --nproc-per-node 2 or more")
     return device, ranks
@@ -147,9 +149,7 @@ def start(cfg: Config, out: Path) -> Run:
     check_head(model, lm.vocab, chat_ids(lm.tokenizer, "1 + 1"))
     room = lm.context - cfg.max_new_tokens
     if room < 16:
-        raise ValueError(
-            f"--max-new-tokens {cfg.max_new_tokens} leaves no room in the model's context of {lm.context}: lower it"
-        )
+        raise ValueError(f"--max-new-tokens {cfg.max_new_tokens} leaves no room in the model's context of {lm.context}: lower it")
     cfg.max_prompt_tokens = min(cfg.max_prompt_tokens, room)
     task.test, task.ood = (metrics.that_fit(lm, side, cfg.max_new_tokens) for side in (task.test, task.ood))
     if not task.test:

@@ -1,11 +1,10 @@
 """checkpoint.py - a run that survives: its folder, its state, and how it goes on bit for bit.
 
-What is saved, in <out>/checkpoint-<step>/: the model as an ordinary Hugging Face folder (fp32 safetensors) and state.pt
-with the EMA, the optimizer, the step (which is the schedule and the data cursor, both pure functions of it), every
-random state, and the settings. A folder is written under another name, flushed to disk and renamed: it is there whole
-or not at all. state.pt is read with weights_only=True: nothing is unpickled that could run code.
+Saved in <out>/checkpoint-<step>/: the model as an ordinary Hugging Face folder (fp32 safetensors) and state.pt with the EMA,
+the optimizer, the step (which is the schedule and the data cursor, both pure functions of it), every random state, and the
+settings. A folder is written under another name, flushed to disk and renamed: it is there whole or not at all. state.pt is
+read with weights_only=True: nothing is unpickled that could run code. It exists because long runs are killed.
 
-Not like the official code: the EMA teacher is in it (there a resumed run starts again with the base as its teacher).
 Written by 2 processes it resumes on 1, and the other way round.
 Depends on config.py, parallel.py, ema.py (through the run it is given).   Try it:  python -m pytest tests/test_resume.py -q
 """
@@ -91,10 +90,7 @@ def check_same(out: Path, cfg: Config) -> None:
 
 def room_for(out: Path, parameters: int) -> None:
     """Raises ValueError if two checkpoints (the old one goes only when the new one stands) do not fit on the disk."""
-    need, free = (
-        2 * 4 * 4 * parameters + 50_000_000,
-        shutil.disk_usage(out).free,
-    )  # weights, EMA and two Adam moments in fp32
+    need, free = (2 * 4 * 4 * parameters + 50_000_000, shutil.disk_usage(out).free)  # weights, EMA and two Adam moments in fp32
     if free < need:
         raise ValueError(
             f"--out {out}: {free / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed for checkpoints; free space, or choose another disk"
@@ -149,7 +145,7 @@ def save(run) -> Path:
                 run.lm.save(new, weights)
                 torch.save(state, new / "state.pt")
                 for file in new.iterdir():
-                    with file.open("rb") as f:
+                    with file.open("r+b") as f:
                         os.fsync(f.fileno())
                 if final.exists():
                     shutil.rmtree(final)
@@ -197,9 +193,7 @@ def state_of(run) -> dict:
 
 def all_checkpoints(out: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    found = [
-        p for p in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and (p / "state.pt").exists()
-    ]
+    found = [p for p in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and (p / "state.pt").exists()]
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
 
@@ -278,6 +272,8 @@ def clear(out: Path) -> None:
     """A finished run needs its checkpoints no more: its model lies in <out> itself."""
     for folder in all_checkpoints(out):
         shutil.rmtree(folder, ignore_errors=True)
+    if out in HELD:
+        os.close(HELD.pop(out))  # Windows does not delete what is open
     for leftover in ("before.json", ".lock"):
         (out / leftover).unlink(missing_ok=True)
 
@@ -287,19 +283,11 @@ def save_bad_batch(run, batch, loss: float, norm: float) -> str:
     path = Path(run.cfg.out) / f"bad-batch-step{run.step + 1}.json"
     tok = run.lm.tokenizer
     rows = [
-        {
-            "prompt": tok.decode(s),
-            "teacher": tok.decode(t),
-            "ids": ids[m.bool()].tolist(),
-            "completion": tok.decode(ids[m.bool()]),
-        }
+        {"prompt": tok.decode(s), "teacher": tok.decode(t), "ids": ids[m.bool()].tolist(), "completion": tok.decode(ids[m.bool()])}
         for s, t, ids, m in zip(batch.student, batch.teacher, batch.ids, batch.mask, strict=True)
     ]
     rows = sum(run.ranks.objects(rows), [])  # every process' share
-    write_json(
-        path,
-        {"step": run.step + 1, "loss": repr(loss), "grad_norm": repr(norm), "settings": asdict(run.cfg), "rows": rows},
-    )
+    write_json(path, {"step": run.step + 1, "loss": repr(loss), "grad_norm": repr(norm), "settings": asdict(run.cfg), "rows": rows})
     return (
         f"step {run.step + 1}: the loss is {loss} and the gradient norm {norm}; the weights were not updated. "
         f"The batch is in {path}. Try a lower --lr, a --clip, or --dtype fp32, in a new --out"

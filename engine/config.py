@@ -73,9 +73,7 @@ class Config(Mechanisms):
     resume: bool = opt(False, "go on from the last checkpoint in --out, bit for bit")
     # --- the teacher
     teacher: str = opt(
-        "frozen",
-        "frozen = the model as it was; ema = slow average, eq. 3; live = the student itself",
-        ("frozen", "ema", "live"),
+        "frozen", "frozen = the model as it was; ema = slow average, eq. 3; live = the student itself", ("frozen", "ema", "live")
     )
     ema_decay: float = opt(0.9, "share of the old teacher kept at each update")
     ema_every: int = opt(10, "optimizer steps between two EMA updates")
@@ -90,16 +88,12 @@ class Config(Mechanisms):
         ("entropy", "divergence", "random"),
     )
     demos: int = opt(1, "solved examples in each context")
-    context_kind: str = opt(
-        "random", "a context shows random or similar solved examples, or an induced instruction", CONTEXT_KINDS
-    )
+    context_kind: str = opt("random", "a context shows random or similar solved examples, or an induced instruction", CONTEXT_KINDS)
     context_reference: bool = opt(True, "contexts also hold the question's own reference")
     retriever: str = opt("states", "similarity by the model's own mean-pooled states, or tfidf", ("states", "tfidf"))
     negatives: str = opt("rule", "wrong references: by rule, or model-written; both verified wrong", ("rule", "model"))
     # --- sampling
-    on_policy: float = opt(
-        1.0, "share of the steps trained on the student's own answers; the others use the references"
-    )
+    on_policy: float = opt(1.0, "share of the steps trained on the student's own answers; the others use the references")
     sft_target: str = opt(
         "reference",
         "what the other steps imitate: the reference, or a correct worked answer in the model's own style (tiny world)",
@@ -128,21 +122,15 @@ class Config(Mechanisms):
     shard: bool = opt(False, "divide weights, optimizer and EMA among the processes of torchrun (FSDP2)")
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps (auto never picks mps)")
     dtype: str = opt(
-        "auto",
-        "matmul precision; weights and optimizer stay fp32; fp16 scales the loss",
-        ("auto", "fp32", "bf16", "fp16"),
+        "auto", "matmul precision; weights and optimizer stay fp32; fp16 scales the loss", ("auto", "fp32", "bf16", "fp16")
     )
     # --- data
     wrong_references: float = opt(0.0, "tiny world: share of training questions whose reference is wrong")
     train_size: int = opt(4000, "number of training questions (0 = all that a data set has)")
     # --- watching
-    eval_size: int = opt(
-        100, "held-out questions before and after: per family of the tiny world, else per data set (0 = all)"
-    )
+    eval_size: int = opt(100, "held-out questions before and after: per family of the tiny world, else per data set (0 = all)")
     privileged: bool = opt(False, "let the final evaluation see the references: the ceiling as a row of its own")
-    teacher_every: int = opt(
-        40, "steps between two measurements of the teacher's accuracy with the reference (0 = never)"
-    )
+    teacher_every: int = opt(40, "steps between two measurements of the teacher's accuracy with the reference (0 = never)")
     sample_every: int = opt(40, "steps between two printed samples (0 = never)")
     save_every: int = opt(60, "steps between two checkpoints (0 = only at the end)")
 
@@ -296,21 +284,11 @@ def without_effect(cfg: Config) -> list[tuple[bool, str]]:
     return [
         (
             cfg.divergence == "jsd" and cfg.clip >= LN2,
-            f"--clip {cfg.clip} can never act: a JSD is at most ln 2 = {LN2:.3f}; "
-            "set it below that, or use --divergence forward",
+            f"--clip {cfg.clip} can never act: a JSD is at most ln 2 = {LN2:.3f}; set it below that, or use --divergence forward",
         ),
-        (
-            cfg.agreement != "none" and not cfg.w_div,
-            "--agreement has no effect: it weighs the divergence, and --w-div is 0",
-        ),
-        (
-            bool((cfg.clip or cfg.clip_quantile) and not cfg.w_div),
-            "--clip has no effect: it caps the divergence, and --w-div is 0",
-        ),
-        (
-            cfg.teacher == "ema" and not cfg.uses_teacher,
-            "--teacher ema has no effect: nothing in this recipe asks a teacher",
-        ),
+        (cfg.agreement != "none" and not cfg.w_div, "--agreement has no effect: it weighs the divergence, and --w-div is 0"),
+        (bool((cfg.clip or cfg.clip_quantile) and not cfg.w_div), "--clip has no effect: it caps the divergence, and --w-div is 0"),
+        (cfg.teacher == "ema" and not cfg.uses_teacher, "--teacher ema has no effect: nothing in this recipe asks a teacher"),
         (
             cfg.agreement != "none" and 0 in (cfg.gamma, cfg.agreement_budget),
             "--agreement has no effect: --gamma or --agreement-budget is 0, so every weight is 1 and no context is read",

@@ -9,10 +9,7 @@ What: context k of a question is the same task, seen through something else, wit
 
 The same answer is read under all K of them; where the readings differ, it is the context that differs, never the task.
 (Where a task has too few questions, as a small file of one's own may, examples of the other tasks fill up.)
-Not like the official code: the grid {random, retrieval, induction} x {with, without the reference} is two settings, not
-an accident of the data set; retrieval never returns the question itself or a duplicate; induction goes through the chat
-template and is seeded; what was made is kept in a file stamped with everything it depends on, and made again when any
-of that changes.
+What was made is kept in a file stamped with everything it depends on, and made again when any of that changes.
 
 Depends on data.py, rollout.py, checkpoint.py.   Try it:  python -m pytest tests/test_contexts.py -q
 """
@@ -31,16 +28,7 @@ from tqdm import tqdm
 
 from engine.checkpoint import write_json
 from engine.rollout import Loaded, decode, generate, right_pad
-from tasks.data import (
-    Example,
-    Task,
-    TooLong,
-    chat_ids,
-    context_message,
-    fit_prompt,
-    instruction_message,
-    teacher_message,
-)
+from tasks.data import Example, Task, TooLong, chat_ids, context_message, fit_prompt, instruction_message, teacher_message
 
 INDUCE = (
     "{demos}\n\nThe examples above are solved tasks of one kind. Write one general instruction of two or three sentences that "
@@ -61,12 +49,12 @@ def random_demos(pool: list[Example], index: int, contexts: int, demos: int, see
     The question itself and exact duplicates of it are excluded: their answer would be the answer.
     Raises ValueError if the pool has too few other examples.
     """
-    others = others_of(pool, index, demos)
+    candidates = other_questions(pool, index, demos)
     r = random.Random(f"{seed}-{index}")
-    return [r.sample(others, demos) for _ in range(contexts)]
+    return [r.sample(candidates, demos) for _ in range(contexts)]
 
 
-def others_of(pool: list[Example], index: int, at_least: int) -> list[int]:
+def other_questions(pool: list[Example], index: int, at_least: int) -> list[int]:
     """The numbers of the other questions of the same task; if these are too few, of the other tasks too. Raises
     ValueError if there are still too few.
     """
@@ -86,9 +74,9 @@ def similar_demos(pool: list[Example], vectors: Tensor, index: int, contexts: in
     """The K * demos most similar other questions, dealt out in turn: context k gets the ranks k, k + K, ... vectors (n,
     d), unit length.
     """
-    others = others_of(pool, index, contexts * demos)
-    closeness = vectors[others] @ vectors[index]
-    best = [others[i] for i in closeness.topk(contexts * demos).indices.tolist()]
+    candidates = other_questions(pool, index, contexts * demos)
+    closeness = vectors[candidates] @ vectors[index]
+    best = [candidates[i] for i in closeness.topk(contexts * demos).indices.tolist()]
     return [best[k::contexts] for k in range(contexts)]
 
 
@@ -209,9 +197,7 @@ def encode(tokenizer, task: Task, i: int, cfg, prepared: dict) -> tuple[dict, in
         instructions = prepared["instructions"][i] if prepared.get("instructions") else [""] * cfg.contexts
         demos = prepared["demos"][i] if prepared.get("demos") else [[]] * cfg.contexts
         if cfg.context_kind == "random":
-            demos = random_demos(
-                task.train, i, cfg.contexts, cfg.demos, cfg.seed
-            )  # once for all K: it looks through the pool
+            demos = random_demos(task.train, i, cfg.contexts, cfg.demos, cfg.seed)  # once for all K: it looks through the pool
         contexts = [context_ids(tokenizer, task, i, cfg, d, t) for d, t in zip(demos, instructions, strict=True)]
     return {"student": student, "teacher": teacher, "negative": negative, "contexts": contexts}, cut
 
@@ -228,10 +214,7 @@ def context_ids(tokenizer, task: Task, i: int, cfg, demos: list[int], instructio
             if instruction:
                 return instruction_message(words, own(r), instruction[: round(share * len(instruction))])
             shown = [task.train[d] for d in demos]
-            cut = [
-                replace(d, demo=(d.demo or d.reference)[: max(1, round(share * len(d.demo or d.reference)))])
-                for d in shown
-            ]
+            cut = [replace(d, demo=(d.demo or d.reference)[: max(1, round(share * len(d.demo or d.reference)))]) for d in shown]
             return context_message(words, own(r), cut if share else [])
 
         try:
@@ -260,7 +243,5 @@ def encode_all(tokenizer, task: Task, cfg, prepared: dict) -> tuple[dict[int, di
         raise ValueError(problem)
     notes = {"too_long": len(task.train) - len(prompts), "references_cut": cuts}
     if any(notes.values()):
-        print(
-            f"to fit {cfg.max_prompt_tokens} tokens, {notes['too_long']} questions are left out and {cuts} references cut"
-        )
+        print(f"to fit {cfg.max_prompt_tokens} tokens, {notes['too_long']} questions are left out and {cuts} references cut")
     return prompts, notes

@@ -128,13 +128,7 @@ def sampled_logps(states: Tensor, ids: Tensor, head: Head, temperature: float, c
 
 
 def chunked_objective(
-    student: Tensor,
-    head: Head,
-    teacher: Tensor | None,
-    teacher_head: Head | None,
-    tokens: Tokens,
-    m: Mechanisms,
-    chunk: int = 0,
+    student: Tensor, head: Head, teacher: Tensor | None, teacher_head: Head | None, tokens: Tokens, m: Mechanisms, chunk: int = 0
 ) -> tuple[Tensor, dict]:
     """`unisd.objective`, and `feature_matching` where it is on, from states. -> (loss (), {name: (N,)} without gradient)
 
@@ -159,12 +153,7 @@ def chunked_objective(
 
 
 def through_head(
-    states: Tensor,
-    head: Head,
-    terms: Callable,
-    chunk: int,
-    teacher: Tensor | None = None,
-    teacher_head: Head | None = None,
+    states: Tensor, head: Head, terms: Callable, chunk: int, teacher: Tensor | None = None, teacher_head: Head | None = None
 ) -> tuple[Tensor, dict]:
     """Sum over pieces of a loss on logits that are never all there at once. -> (loss (), {name: (N,)} without gradient)
 
@@ -200,16 +189,14 @@ class _ThroughHead(torch.autograd.Function):
                 for part in chunks(len(h), piece):
                     # Two ways to count tokens: `part` within the chunk, `which` within all N.
                     which = slice(block.start + part.start, block.start + part.stop)
-                    begin = (
-                        part.start % side
-                    )  # where in the teacher's side block, which is made anew whenever this is 0
+                    begin = part.start % side  # where in the teacher's side block, which is made anew whenever this is 0
                     if teacher is not None and begin == 0:
                         teacher_logits = None  # freed before the next ones are made
                         teacher_logits = teacher_head.logits(teacher[which.start : min(which.start + side, block.stop)])
                     leaf = logits[part].detach().requires_grad_(need_states or need_weight or need_bias)
-                    beside = None if teacher is None else teacher_logits[begin : begin + piece]
+                    goal = None if teacher is None else teacher_logits[begin : begin + piece]
                     with torch.enable_grad():
-                        loss, out = terms(leaf, beside, which)
+                        loss, out = terms(leaf, goal, which)
                     total = total + loss.detach()
                     kept.append(out)
                     if leaf.requires_grad and loss.requires_grad:
@@ -226,7 +213,7 @@ class _ThroughHead(torch.autograd.Function):
                     grad_weight[: head.vocab] += logits.T @ h
                 if need_bias:
                     grad_bias[: head.vocab] += logits.sum(0)
-                del logits, teacher_logits, leaf, beside, loss  # before the next chunk's are made; two are views
+                del logits, teacher_logits, leaf, goal, loss  # before the next chunk's are made; two are views
         values.update({name: torch.cat([out[name] for out in kept]) for name in kept[0]})
         ctx.save_for_backward(grad_states, grad_weight, grad_bias)
         return total

@@ -59,27 +59,18 @@ def that_fit(lm: Loaded, examples: Sequence[Example], limit: int) -> list[Exampl
     return kept
 
 
-def prompts_for(
-    lm: Loaded, task: Task, examples: Sequence[Example], with_reference: bool, limit: int
-) -> list[list[int]]:
+def prompts_for(lm: Loaded, task: Task, examples: Sequence[Example], with_reference: bool, limit: int) -> list[list[int]]:
     """Evaluation prompts: the question alone, or with its right reference (the ceiling of self-distillation).
 
     A reference is shortened where prompt and answer (`limit` tokens) would not fit the model's context; a question never is.
     """
-    build = lambda e: (
-        (lambda r: teacher_message(task.wording, e.question, r)) if with_reference else (lambda _: e.question)
-    )
+    build = lambda e: (lambda r: teacher_message(task.wording, e.question, r)) if with_reference else (lambda _: e.question)
     room = lm.context - limit
     return [fit_prompt(lm.tokenizer, build(e), e.reference if with_reference else "", room)[0] for e in examples]
 
 
 def measure(
-    lm: Loaded,
-    task: Task,
-    examples: Sequence[Example],
-    with_reference: bool = False,
-    limit: int = 0,
-    cache: Path | None = None,
+    lm: Loaded, task: Task, examples: Sequence[Example], with_reference: bool = False, limit: int = 0, cache: Path | None = None
 ) -> dict:
     """Greedy accuracy and what the answers look like. Shares are in per cent.
 
@@ -92,28 +83,26 @@ def measure(
     ids, mask = answers(lm, prompts_for(lm, task, examples, with_reference, limit), limit, cache)
     results = task.score(examples, decode(lm, ids, mask))
     families = list(dict.fromkeys(e.task for e in examples))
-    of = {f: [r for e, r in zip(examples, results, strict=True) if e.task == f] for f in families}
+    per_family = {f: [r for e, r in zip(examples, results, strict=True) if e.task == f] for f in families}
     scored = {e.task for e in examples if e.answer is not None}
-    by_task = {f: 100 * sum(r["correct"] for r in rs) / len(rs) if f in scored else None for f, rs in of.items()}
+    by_task = {f: 100 * sum(r["correct"] for r in rs) / len(rs) if f in scored else None for f, rs in per_family.items()}
     return {
         "accuracy": sum(by_task[f] for f in scored) / len(scored) if scored else None,
         "by_task": by_task,
-        "interval": {f: list(wilson(sum(r["correct"] for r in rs), len(rs))) for f, rs in of.items() if f in scored},
+        "interval": {f: list(wilson(sum(r["correct"] for r in rs), len(rs))) for f, rs in per_family.items() if f in scored},
         "abstained": 100 * sum(r["abstained"] for r in results) / len(results),
         "length": mask.sum(1).float().mean().item(),
         "eos": 100 * ended(lm, ids, mask).float().mean().item(),
         "n": len(examples),
-        "scored": sum(len(of[f]) for f in scored),
+        "scored": sum(len(per_family[f]) for f in scored),
         "correct": [bool(r["correct"]) for r in results],
-        "extra": {f: extra_means(rs) for f, rs in of.items()},
+        "extra": {f: extra_means(rs) for f, rs in per_family.items()},
     }
 
 
 def extra_means(results: Sequence[dict]) -> dict:
     """Means of what a scorer says beyond right and wrong (strict, lenient, action, arguments, ...), in per cent."""
-    names = [
-        k for k, v in results[0].items() if isinstance(v, bool | int | float) and k not in ("correct", "abstained")
-    ]
+    names = [k for k, v in results[0].items() if isinstance(v, bool | int | float) and k not in ("correct", "abstained")]
     return {k: 100 * sum(float(r[k]) for r in results) / len(results) for k in names}
 
 
@@ -126,9 +115,7 @@ def answers(lm: Loaded, prompts: list[list[int]], limit: int, cache: Path | None
         with whole_layers(lm.model):
             ids, mask = generate(lm, prompts if few else prompts[lm.ranks.share(len(prompts))], limit, temperature=0.0)
         return (ids, mask) if few else (lm.ranks.gather(ids), lm.ranks.gather(mask))
-    key = hashlib.sha256(repr((fingerprint(lm), prompts, limit, 0.0, lm.eos, lm.vocab, lm.dtype)).encode()).hexdigest()[
-        :24
-    ]
+    key = hashlib.sha256(repr((fingerprint(lm), prompts, limit, 0.0, lm.eos, lm.vocab, lm.dtype)).encode()).hexdigest()[:24]
     file = cache / f"{key}.pt"
     if file.exists():
         ids, mask = torch.load(file, map_location=lm.device, weights_only=True)
@@ -174,9 +161,7 @@ def ended(lm: Loaded, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def drift(
-    tuned: Loaded, base: Loaded, task: Task, examples: Sequence[Example], limit: int = 0, cache: Path | None = None
-) -> dict:
+def drift(tuned: Loaded, base: Loaded, task: Task, examples: Sequence[Example], limit: int = 0, cache: Path | None = None) -> dict:
     """How far `tuned` is from `base` (see the top of the file). Raises ValueError if they do not share one tokenizer."""
     if tuned.vocab != base.vocab:
         raise ValueError(

@@ -141,7 +141,7 @@ def one_voice():
     """Only rank 0 prints; at the end everyone says goodbye. After an error nobody does: NCCL's goodbye waits for ranks
     that may be waiting for this one, and the error would never be told.
     """
-    with open(os.devnull, "w") as silence, redirect_stdout(silence) if rank() else nullcontext():
+    with open(os.devnull, "w", errors="replace") as silence, redirect_stdout(silence) if rank() else nullcontext():
         yield
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -4,7 +4,7 @@ What: steps, model passes per step by mechanism, EMA updates and half-life, and 
 trained and P present parameters, in fp32 and bytes:
 
     memory   4 P weights + 4 N gradients + 8 N Adam + 4 N per average (EMA teacher, frozen copy)
-             + activations of one micro-batch + the head's: 4 V (chunk + side + 6 piece; JSD 12), see reading.py
+             + activations of one micro-batch + the head's: 4 V (chunk + side + 6 piece; JSD 12), see head.py
              with --shard, the first line is divided by the number of processes (less the embedding), and the layers are
              there whole while answers are sampled and read: 4 P more, 2 P in bf16
     work     2 P per token read, 6 P per token trained (a third more with gradient checkpointing), 2 P per token sampled
@@ -13,7 +13,7 @@ The time is that work divided by a speed that is measured on the spot with a mat
 language models usually reach. It is an estimate, within a factor of two or three: the first minute of the run itself
 knows better.
 
-Depends on config.py, ema.py, jsonl.py, parallel.py, reading.py, rollout.py.   Try it:  python -m pytest tests/test_plan.py -q
+Depends on ema.py, config.py, head.py, parallel.py, rollout.py, tasks/jsonl.py.   Try it:  python -m pytest tests/test_plan.py -q
 """
 
 import time
@@ -113,10 +113,8 @@ def describe(cfg: Config) -> str:
     """The whole plan as text."""
     device, dtype, reason = choose_device(cfg.device, cfg.dtype)
     data = f"data {cfg.data}"
-    if jsonl.is_file(cfg.data):  # it is here: its mistakes can be told now
-        _, manifest = jsonl.load_jsonl(
-            cfg.data, train_size=cfg.train_size, test_size=cfg.eval_size, seed=cfg.seed, negatives=False
-        )
+    if jsonl.is_file(cfg.data):  # it is on this disk, so its mistakes can be named now
+        _, manifest = jsonl.load_jsonl(cfg.data, train_size=cfg.train_size, test_size=cfg.eval_size, seed=cfg.seed, negatives=False)
         data = jsonl.in_short(manifest)
         cfg.steps = steps_of(cfg, manifest["train"])
     steps = cfg.steps or f"as many as {cfg.epochs:g} epoch{'s' * (cfg.epochs != 1)} of {cfg.data} need"
@@ -125,23 +123,18 @@ def describe(cfg: Config) -> str:
         f"{cfg.recipe} on {SHORT.get(cfg.model, cfg.model)}, {data}",
         reason,
         f"steps: {steps}, each of {cfg.batch} prompts in micro-batches of {cfg.micro_batch}",
-        f"passes per step: sampling up to {cfg.max_new_tokens} tokens; "
-        + ", ".join(f"{n:g} {k}" for k, n in found.items()),
+        f"passes per step: sampling up to {cfg.max_new_tokens} tokens; " + ", ".join(f"{n:g} {k}" for k, n in found.items()),
     ]
     if cfg.uses_average:
         updates = f"{cfg.steps // cfg.ema_every} updates, " if cfg.steps else ""
-        lines.append(
-            f"EMA teacher: {updates}after {half_life(cfg.ema_decay, cfg.ema_every):.0f} steps half of it is new"
-        )
+        lines.append(f"EMA teacher: {updates}after {half_life(cfg.ema_decay, cfg.ema_every):.0f} steps half of it is new")
     size = size_of(cfg.model)
     if size is None:
-        return "\n".join(
-            [*lines, "memory and time: unknown until the model is downloaded (give a folder or a short name)"]
-        )
+        return "\n".join([*lines, "memory and time: unknown until the model is downloaded (give a folder or a short name)"])
     parameters = size[0]
-    needed = memory(cfg, *size, bf16=dtype == "bf16", processes=parallel.size())
+    needed = memory(cfg, *size, bf16=dtype != "fp32", processes=parallel.size())
     lines.append(f"memory: about {needed / 2**30:.1f} GiB, of {parameters / 1e6:.0f} M parameters")
-    speed = flops_per_second(device, torch.bfloat16 if dtype == "bf16" else torch.float32)
+    speed = flops_per_second(device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32))
     prompt = PROMPT.get(cfg.data, min(cfg.max_prompt_tokens, 300))
     tokens = cfg.batch * (prompt + cfg.max_new_tokens / 4)  # typical lengths, not the longest
     read, trained = sum(found.values()) - 1, 4 if cfg.grad_checkpointing else 3
@@ -160,9 +153,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / size:.1f} {unit}"
 
 
-def memory(
-    cfg: Config, parameters: float, layers: int, hidden: int, vocab: int, bf16: bool = False, processes: int = 1
-) -> float:
+def memory(cfg: Config, parameters: float, layers: int, hidden: int, vocab: int, bf16: bool = False, processes: int = 1) -> float:
     """Bytes on the device at the peak of the update, roughly: the formula at the top of the file."""
     # LoRA on the seven projections of a layer: about rank * 2 * (4 H + 3 * 3 H) parameters.
     trained = layers * cfg.lora_rank * 26 * hidden if cfg.lora_rank else parameters

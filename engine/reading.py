@@ -50,9 +50,7 @@ class PackedReader:
     def __call__(self, readings: list[Reading]) -> dict[str, Tensor]:
         ids, mask = self.batch.ids, self.batch.mask.bool()
         counts, everyone = mask.sum(1).tolist(), range(len(mask))
-        rows = [
-            (k, b) for k, reading in enumerate(readings) for b in (everyone if reading.rows is None else reading.rows)
-        ]
+        rows = [(k, b) for k, reading in enumerate(readings) for b in (everyone if reading.rows is None else reading.rows)]
         lengths = [len(readings[k].prompts[b]) + counts[b] for k, b in rows]
         kept: dict[str, Tensor] = {}
         for group in passes(lengths, self.budget):
@@ -62,10 +60,7 @@ class PackedReader:
             for k in sorted({k for k, _ in chosen}):
                 own = [b for number, b in chosen if number == k]
                 n = sum(counts[b] for b in own)
-                first, states = (
-                    states[:n],
-                    states[n:],
-                )  # this reading's states; what is left belongs to the next readings
+                first, states = (states[:n], states[n:])  # this reading's states; what is left belongs to the next readings
                 self._keep(readings[k], first, own, kept)
             if self.tally is not None:
                 self.tally["read"] = self.tally.get("read", 0) + sum(lengths[i] for i in group)
@@ -78,9 +73,7 @@ class PackedReader:
         """Put what is wanted of some sequences' states (n, H) where it belongs in the whole."""
         mask = self.batch.mask.bool()
         place = torch.zeros_like(mask)
-        place[sequences] = mask[
-            sequences
-        ]  # `sequences` ascend, so the flat order of `place` is the order of the states
+        place[sequences] = mask[sequences]  # `sequences` ascend, so the flat order of `place` is the order of the states
         if reading.temperature is None:
             found, place, shape = states, place[mask], (int(mask.sum()), states.shape[-1])
         else:

@@ -1,14 +1,13 @@
 """rollout.py - a model that answers: load it, sample from it, and know where an answer ends.
 
-What: on-policy completions y ~ p_student(. | x). Going on token by token is the library's job (Hugging Face `generate`
-with its KV cache); which token is drawn is ours (sampling.py), and so is what is easy to get wrong:
+On-policy completions y ~ p_student(. | x): a model that learns from its own answers needs answers that are really its own.
+How a batch is continued and a token drawn is in sampling.py; here is what is easy to get wrong around it:
   - the completion mask is 1 up to and *including* the first end-of-text token, whatever the pad token is. `ids != pad`
   would unlearn stopping for every model whose pad token is its end token.
   - *every* end-of-text id counts, those of the generation config included (Gemma ends a turn with an id its tokenizer
   does not call eos).
   - a hub model's own sampling defaults (top-p, repetition penalty) are switched off: they would make the samples
   off-policy.
-How a batch is continued and a token drawn is in sampling.py.
 
 Depends on torch, transformers, sampling.py, parallel.py.   Try it:  python -m pytest tests/test_rollout.py -q
 Shapes: B prompts, T new tokens.
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from engine.parallel import ALONE, Alone
-from engine.sampling import ENGINES, Draw, answering
+from engine.sampling import Draw, answering, continue_rows
 
 transformers.utils.logging.disable_progress_bar()  # loading half a second of weights needs no bar
 
@@ -43,30 +42,37 @@ SHORT = {  # short names; the id they stand for is printed and saved
 
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, str, str]:
-    """Device and matmul precision, once. -> (device, "fp32" or "bf16", one line with the reasons).
+    """Device and matmul precision, once. -> (device, "fp32", "bf16" or "fp16", one line with the reasons).
 
-    Raises ValueError if a CUDA device was asked for and none is there.
+    auto takes a CUDA device where there is one, and else the CPU. Apple's GPU (mps) must be asked for, and fp16 is chosen
+    only for a CUDA card without bf16 (a T4): neither has been measured.
+    Raises ValueError if the device that was asked for is not there.
     """
-    reason = why = "given"
+    device_reason = dtype_reason = "given"
     if device == "auto":
-        device, reason = (
+        device, device_reason = (
             ("cuda", "a CUDA device is there") if torch.cuda.is_available() else ("cpu", "no CUDA device is there")
         )
     try:
-        place = torch.device(device)
+        target = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"--device {device} does not exist; use auto, cpu, cuda or cuda:1") from error
-    if place.type not in ("cpu", "cuda"):  # Apple's has no float64, which drawing a token needs
-        raise ValueError(f"--device {device} is not supported; use auto, cpu, cuda or cuda:1")
-    if place.type == "cuda" and (not torch.cuda.is_available() or (place.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(
-            f"--device {device}: no such CUDA device; there are {torch.cuda.device_count()}; use cpu or auto"
-        )
-    name = torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
+        raise ValueError(f"--device {device} does not exist; use auto, cpu, cuda, cuda:1 or mps") from error
+    if target.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {device} is not supported; use auto, cpu, cuda, cuda:1 or mps")
+    if target.type == "cuda" and (not torch.cuda.is_available() or (target.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"--device {device}: no such CUDA device; there are {torch.cuda.device_count()}; use cpu or auto")
+    if target.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"--device {device}: this machine or this build of torch has no Apple GPU; use cpu or auto")
+    hardware = torch.cuda.get_device_name(target) if target.type == "cuda" else target.type
     if dtype == "auto":
-        bf16 = place.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype, why = ("bf16", "weights stay fp32") if bf16 else ("fp32", "bf16 would not be faster here")
-    return place, dtype, f"device {place} ({name}: {reason}) | matmul {dtype} ({why})"
+        dtype, dtype_reason = "fp32", "bf16 would not be faster here"
+        if target.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+            dtype, dtype_reason = "bf16", "weights stay fp32"
+        elif target.type == "cuda" and torch.cuda.get_device_capability(target) >= (7, 0):  # fp16 tensor cores
+            dtype, dtype_reason = "fp16", "weights stay fp32; this card has no bf16"
+    dtype_reason += "; not measured" * (dtype == "fp16")
+    device_reason += "; not measured" * (target.type == "mps")
+    return target, dtype, f"device {target} ({hardware}: {device_reason}) | matmul {dtype} ({dtype_reason})"
 
 
 @dataclass
@@ -81,17 +87,17 @@ class Loaded:
     vocab: int
     name: str  # the resolved hub id or folder
     adapter: nn.Module | None = None  # peft's wrapper around `model` where LoRA factors are trained
-    dtype: str = "fp32"  # matmul precision, "fp32" or "bf16"; the weights themselves stay what they are
+    dtype: str = "fp32"  # matmul precision, "fp32", "bf16" or "fp16"; the weights themselves stay what they are
     sample_batch: int = 256  # prompts answered together
-    engine: str = "compact"  # how: sampling.ENGINES
     hashed: tuple = ()  # metrics.fingerprint's memory
     ranks: Alone = ALONE  # the processes that share the answering
 
     def autocast(self):
-        """bf16 matmuls on fp32 weights, where chosen; nothing otherwise. Leave it before weights are swapped: it caches
-        casts.
+        """Matmuls in bf16 or fp16 on fp32 weights, where chosen; nothing otherwise. Leave it before weights are swapped:
+        it caches casts.
         """
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bf16")
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.dtype)
+        return torch.autocast(self.device.type, dtype=half, enabled=half is not None)
 
     def add_lora(self, rank: int, alpha: int, dropout: float) -> None:
         """Freeze the weights and train LoRA factors beside the attention and MLP projections. Raises ValueError without
@@ -100,22 +106,15 @@ class Loaded:
         try:
             import peft
         except ImportError as error:
-            raise ValueError(
-                "--lora-rank needs peft: pip install peft, or --lora-rank 0 to train all weights"
-            ) from error
-        inside = {id(m) for m in self.model.get_decoder().modules()}  # not the vision tower of a multimodal model
-        kinds = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
-        where = [n for n, m in self.model.named_modules() if n.split(".")[-1] in kinds and id(m) in inside]
-        if not where:
-            raise ValueError(
-                f"--lora-rank: {self.name} has none of the projections {', '.join(kinds)}; use --lora-rank 0"
-            )
-        how = peft.LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=where, task_type="CAUSAL_LM"
-        )
-        self.adapter = peft.get_peft_model(
-            self.model, how
-        )  # puts the factors into `model`, which stays what everyone reads
+            raise ValueError("--lora-rank needs peft: pip install peft, or train all weights by --lora-rank 0") from error
+        decoder = {id(m) for m in self.model.get_decoder().modules()}  # not the vision tower of a multimodal model
+        names = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+        targets = [n for n, m in self.model.named_modules() if n.split(".")[-1] in names and id(m) in decoder]
+        if not targets:
+            raise ValueError(f"--lora-rank: {self.name} has none of the projections {', '.join(names)}; use --lora-rank 0")
+        config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+        # This puts the factors into `model`, which stays what everyone reads.
+        self.adapter = peft.get_peft_model(self.model, config)
 
     def merge(self) -> None:
         """Make a loaded adapter part of the weights: what is trained next starts from there, and "the base" is that
@@ -203,16 +202,12 @@ def generate(
             f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the model's context of {lm.context}: "
             "lower --max-new-tokens, or shorten the prompts with --max-prompt-tokens"
         )
-    if lm.dtype == "bf16" and lm.engine != "compact":
-        raise ValueError(
-            f"--engine {lm.engine} with --dtype bf16: it does not see autocast's types; use --engine compact or --dtype fp32"
-        )
     if temperature > 0 and noise is None:
         noise = torch.rand(len(prompts), max_new_tokens)
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.eos[0]
     # Not do_sample: the token is drawn in sampling.Draw.
-    how = dict(eos_token_id=lm.eos, pad_token_id=pad, do_sample=False, return_dict_in_generate=True)
-    config = GenerationConfig(max_new_tokens=max_new_tokens, use_cache=True, **how)
+    settings = dict(eos_token_id=lm.eos, pad_token_id=pad, do_sample=False, return_dict_in_generate=True)
+    config = GenerationConfig(max_new_tokens=max_new_tokens, use_cache=True, **settings)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     rows: dict[int, Tensor] = {}
     decoded = 0
@@ -220,10 +215,10 @@ def generate(
         for start in range(0, len(order), lm.sample_batch):
             batch = order[start : start + lm.sample_batch]
             ids, mask = left_pad([prompts[i] for i in batch], lm.device)
-            drawn = noise[batch].to(lm.device) if temperature > 0 else None
-            draw = Draw(lm.vocab, ids.shape[1], temperature, drawn)
-            written, computed = ENGINES[lm.engine](lm.model, ids, mask, config, draw)
-            rows.update(zip(batch, written, strict=True))
+            batch_noise = noise[batch].to(lm.device) if temperature > 0 else None
+            draw = Draw(lm.vocab, ids.shape[1], temperature, batch_noise)
+            answers, computed = continue_rows(lm.model, ids, mask, config, draw)
+            rows.update(zip(batch, answers, strict=True))
             decoded += computed
     ids, _ = right_pad([rows[i].tolist() for i in range(len(prompts))], lm.device, fill=pad)
     mask = completion_mask(ids, lm.eos)
@@ -239,9 +234,7 @@ def generate(
 
 def decode(lm: Loaded, ids: Tensor, mask: Tensor) -> list[str]:
     """The text of each completion, without end-of-text and padding."""
-    return [
-        lm.tokenizer.decode(row[m.bool()], skip_special_tokens=True).strip() for row, m in zip(ids, mask, strict=True)
-    ]
+    return [lm.tokenizer.decode(row[m.bool()], skip_special_tokens=True).strip() for row, m in zip(ids, mask, strict=True)]
 
 
 def end_ids(model: nn.Module, tokenizer) -> list[int]:
@@ -265,14 +258,14 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
 
     Code from the hub is never run, and weights are read from safetensors only: nothing is unpickled.
     """
-    where = SHORT.get(name, name)
-    adapter = Path(where) / "adapter_config.json"
-    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else where
+    source = SHORT.get(name, name)
+    adapter = Path(source) / "adapter_config.json"
+    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else source
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False, use_safetensors=True)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise ValueError(explain_missing(name, where, error)) from error
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(explain_missing(name, source, error)) from error
     eos, vocab, rows = end_ids(model, tokenizer), len(tokenizer), model.get_input_embeddings().weight.shape[0]
     if not tokenizer.chat_template:
         raise ValueError(
@@ -288,35 +281,35 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
             f"--model {name}: no end-of-text id in its tokenizer or generation config, so an answer would never end; "
             "set eos_token_id"
         )
-    lm = Loaded(model.to(device), tokenizer, eos, vocab, where)
+    lm = Loaded(model.to(device), tokenizer, eos, vocab, source)
     if adapter.exists():
         import peft
 
-        lm.adapter = peft.PeftModel.from_pretrained(model, where, use_safetensors=True)
+        lm.adapter = peft.PeftModel.from_pretrained(model, source, use_safetensors=True)
     return lm
 
 
-def explain_missing(name: str, where: str, error: Exception) -> str:
+def explain_missing(name: str, source: str, error: Exception) -> str:
     """One line for the usual reasons why a model cannot be loaded."""
     text = str(error)
-    if os.path.isdir(where) and (Path(where) / "settings.json").exists():
+    if os.path.isdir(source) and (Path(source) / "settings.json").exists():
         return (
-            f"--model {name}: that run has not finished; go on with it by python train.py --out {where} --resume, or give the "
+            f"--model {name}: that run has not finished; go on with it by python train.py --out {source} --resume, or give the "
             "checkpoint-<step> folder in it"
         )
-    if os.path.isdir(where):
-        return f"--model {name}: the folder {where} does not hold a usable Hugging Face checkpoint ({text.splitlines()[0]})"
-    if where == str(TINY):
+    if os.path.isdir(source):
+        return f"--model {name}: the folder {source} does not hold a usable Hugging Face checkpoint ({text.splitlines()[0]})"
+    if source == str(TINY):
         return "--model tiny: tasks/tiny-base is missing; build it with `python -m tasks.tiny`"
-    if where.startswith((".", "~", os.sep)):
-        return f"--model {name}: there is no folder {where}"
+    if source.startswith((".", "~")) or os.path.isabs(source):
+        return f"--model {name}: there is no folder {source}"
     if "gated" in text.lower() or "401" in text or "403" in text:
-        return f"--model {name}: {where} is gated; accept its licence on its hub page, then run `hf auth login`"
+        return f"--model {name}: {source} is gated; accept its licence on its hub page, then run `hf auth login`"
     if "404" in text or "not a valid model identifier" in text:
-        return f"--model {name}: no folder and no hub model of that name ({where}); short names are {', '.join(SHORT)}"
+        return f"--model {name}: no folder and no hub model of that name ({source}); short names are {', '.join(SHORT)}"
     if "offline" in text.lower() or "connect" in text.lower() or "couldn't find them in the cached" in text.lower():
         return (
-            f"--model {name}: there is no such folder, {where} is not cached here, and the hub cannot be reached; connect "
+            f"--model {name}: there is no such folder, {source} is not cached here, and the hub cannot be reached; connect "
             "once, or give a local folder (--model tiny needs neither)"
         )
-    return f"--model {name}: {where} cannot be used: {text.splitlines()[0]}"
+    return f"--model {name}: {source} cannot be used: {text.splitlines()[0]}"

@@ -1,40 +1,30 @@
-"""sampling.py - continue a batch of prompts: three engines, one result.
+"""sampling.py - continue a batch of prompts: how a token is drawn, and how rows that have ended leave the batch.
 
-What: Hugging Face `generate` writes the tokens; here stand the three ways to call it, and the one way in which a token
-is drawn.
-
-  compact     `generate` with its ordinary cache, interrupted whenever more than a tenth of the rows have finished: their
-              cache is dropped and the others go on. A finished row stops costing. Works everywhere.
-  static      `generate` with a static cache: one shape for all steps, which CUDA graphs want. Finished rows go on to cost.
-  continuous  transformers' continuous batching (paged attention): a finished row makes room for a waiting prompt.
-
-All three use the trained model itself, without a copy, and write the same greedy tokens (tests/test_sampling.py).
-
-A token is drawn by inverting the cumulative distribution at a uniform number that was *given* for this row and position:
-the answer of a prompt does not depend on what else is in its batch, on the engine (continuous draws its own numbers,
-and is the exception), on how many processes share the work, or on how often a run was resumed.
+Hugging Face `generate` goes on token by token with its key-value cache; here stand the two things it does not do. Answers
+end at different lengths, and a row that has ended would cost as much as one that has not: `continue_rows` interrupts
+`generate` whenever more than a tenth of the rows have ended, drops their share of the cache, and goes on with the others.
+And a token is drawn with a random number that was *given* for its row and position (`Draw`), so that the answer to a
+prompt does not depend on what else is in the batch.
 
 Depends on torch and transformers.   Try it:  python -m pytest tests/test_sampling.py -q
 Shapes: B prompts, W their padded width, T new tokens, V vocabulary.
 """
 
+import warnings
 from contextlib import contextmanager
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    ContinuousBatchingConfig,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 
 # transformers renamed the argument and the output in the middle of its version 5.
 CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
-FINISHED = 0.1  # compact: largest share of finished rows that a decoding step may carry along
+FINISHED = 0.1  # the largest share of finished rows that a decoding step may carry along
+WHOLE_BATCH = WeakSet()  # models found to have a cache that rows cannot leave
+NO_FLOAT64 = ("mps",)  # kinds of device without float64
 
 
 class Draw(LogitsProcessor):
@@ -42,104 +32,100 @@ class Draw(LogitsProcessor):
     tokenizer) is never chosen.
 
     noise (B, T) uniform in [0, 1), or None for the likeliest token; column t decides new token t.
+
+    The draw inverts the cumulative distribution: every token owns a stretch of [0, 1) as long as its probability, and the
+    random number says whose stretch it fell into. Four tokens, and the number .55:
+
+        probabilities       .1   .2   .3   .4
+        summed up           .1   .3   .6   1.      .6 is the first sum above .55: the third token is drawn
+
+    The number belongs to the row and the position. A generator asked at every step hands its numbers out in the order of
+    asking: with one row less in the batch, every later row would get another's. Like this an answer is the same in any
+    batch, after any interruption, on any number of processes, and in a run that was resumed.
     """
 
     def __init__(self, vocab: int, width: int, temperature: float, noise: Tensor | None):
         self.vocab, self.width, self.temperature, self.noise = vocab, width, temperature, noise
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        real = scores[:, : self.vocab]
+        logits = scores[:, : self.vocab]
         if self.noise is None:
-            pick = real.argmax(-1, keepdim=True)
+            chosen = logits.argmax(-1, keepdim=True)
         else:
-            # float64: in fp32 a cumulative sum over 150,000 tokens would be off by more than a rare token's probability.
-            up_to = (real.double() / self.temperature).softmax(-1).cumsum(-1)  # (B, V)
-            at = self.noise[:, input_ids.shape[1] - self.width, None].to(up_to) * up_to[:, -1:]
+            # float64: near 1 sums in fp32 move in steps of 6e-8, more than many of 150,000 tokens own; rounding would decide.
+            exact = (logits.cpu() if logits.device.type in NO_FLOAT64 else logits).double()
+            summed = (exact / self.temperature).softmax(-1).cumsum(-1)  # (B, V)
+            number = self.noise[:, input_ids.shape[1] - self.width, None].to(summed) * summed[:, -1:]
             # right: the first token whose sum is *above* the number, so a token of probability 0 is never drawn.
-            pick = torch.searchsorted(up_to, at, right=True).clamp(max=self.vocab - 1)
-        return torch.full_like(scores, -torch.inf).scatter(1, pick, 0.0)
+            chosen = torch.searchsorted(summed, number, right=True).clamp(max=self.vocab - 1).to(scores.device)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
 
 class ManyFinished(StoppingCriteria):
-    """Interrupt the batch once more than FINISHED of its rows have ended; `done` (B,) says which."""
+    """Interrupt the batch once more than a share of its rows have ended; `done` (B,) says which."""
 
-    def __init__(self, eos: list[int]):
-        self.eos, self.done = eos, False
+    def __init__(self, eos: list[int], share: float):
+        self.eos, self.share, self.done = eos, share, False
 
     def __call__(self, input_ids: Tensor, scores, **_) -> Tensor:
         last = input_ids[:, -1]
         self.done = self.done | torch.isin(last, torch.tensor(self.eos, device=last.device))
-        stop = self.done.float().mean() > FINISHED
-        return stop.expand(len(last))
+        return (self.done.float().mean() > self.share).expand(len(last))
 
 
-def compact(
-    model: nn.Module, ids: Tensor, mask: Tensor, config: GenerationConfig, draw: Draw
+def rows_can_leave(cache) -> bool:
+    """Whether batch_select_indices takes out of this cache all that it holds of a row: keys and values, but not the state of
+    a recurrent layer (Mamba, linear attention, short convolutions). A layer that holds both offers the method too.
+    """
+    layers = getattr(cache, "layers", [])
+    return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def continue_rows(
+    model: nn.Module, prompts: Tensor, mask: Tensor, config: GenerationConfig, draw: Draw
 ) -> tuple[list[Tensor], int]:
-    """Left-padded prompts (B, W) and their mask -> B rows of new ids, and the number of token positions computed."""
-    width, limit = ids.shape[1], config.max_new_tokens
-    rows: list[Tensor] = [ids[0]] * len(ids)
-    alive, cache, computed = torch.arange(len(ids), device=ids.device), None, 0
-    while len(alive):
+    """Left-padded prompts and their mask -> a row of new ids for each, and the number of token positions computed.
+
+    prompts, mask (B, W); rows (up to T,) each.
+
+    A model whose cache rows cannot leave writes the same answers with the whole batch going on to its longest one.
+    """
+    width, limit = prompts.shape[1], config.max_new_tokens
+    share = 1.0 if model in WHOLE_BATCH else FINISHED
+    rows: list[Tensor] = [prompts[0]] * len(prompts)
+    ids, attended, alive = prompts, mask, torch.arange(len(prompts), device=prompts.device)
+    cache, computed = None, 0
+    while True:
         before = ids.shape[1]
-        many, config.max_new_tokens = ManyFinished(config.eos_token_id), limit - (before - width)
-        noise = draw.noise if draw.noise is None else draw.noise[alive]
+        finished, config.max_new_tokens = ManyFinished(config.eos_token_id, share), limit - (before - width)
+        noise = None if draw.noise is None else draw.noise[alive]
         out = model.generate(
             input_ids=ids,
-            attention_mask=mask,
+            attention_mask=attended,
             generation_config=config,
             logits_processor=LogitsProcessorList([Draw(draw.vocab, width, draw.temperature, noise)]),
-            stopping_criteria=StoppingCriteriaList([many]),
+            stopping_criteria=StoppingCriteriaList([finished]),
             **({CACHE: cache} if cache is not None else {}),
         )
-        ids, cache = out.sequences, getattr(out, CACHE)
+        config.max_new_tokens = limit
+        ids, cache = out.sequences, getattr(out, CACHE, None)
         computed += len(alive) * (ids.shape[1] - before)
-        gone = many.done | (ids.shape[1] - width >= limit)
+        gone = finished.done | (ids.shape[1] - width >= limit)
         for i, row in zip(alive[gone].tolist(), ids[gone], strict=True):
             rows[i] = row[width:]
+        if gone.all():
+            return rows, computed
+        if not rows_can_leave(cache):  # found out at the first interruption; what is written again is the same
+            WHOLE_BATCH.add(model)
+            warnings.warn(
+                f"{type(model).__name__}: rows cannot leave its cache, so every batch of answers goes on to its longest one",
+                stacklevel=2,
+            )
+            return continue_rows(model, prompts, mask, config, draw)
         stay = (~gone).nonzero().squeeze(1)
-        mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - before)], 1)[stay]
+        attended = torch.cat([attended, attended.new_ones(len(attended), ids.shape[1] - before)], 1)[stay]
         alive, ids = alive[stay], ids[stay]
         cache.batch_select_indices(stay)
-    config.max_new_tokens = limit
-    return rows, computed
-
-
-def static(
-    model: nn.Module, ids: Tensor, mask: Tensor, config: GenerationConfig, draw: Draw
-) -> tuple[list[Tensor], int]:
-    """As `compact`, with a static cache and every row to the end of the longest."""
-    config.cache_implementation = "static"
-    out = model.generate(
-        input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([draw])
-    ).sequences[:, ids.shape[1] :]
-    return list(out), out.numel()
-
-
-def continuous(
-    model: nn.Module, ids: Tensor, mask: Tensor, config: GenerationConfig, draw: Draw
-) -> tuple[list[Tensor], int]:
-    """As `compact`, by `generate_batch`; it draws its own random numbers. Raises ValueError if a token outside the
-    tokenizer is written.
-    """
-    if draw.noise is not None:
-        config.do_sample, config.temperature, config.top_k, config.top_p = True, draw.temperature, 0, 1.0
-    prompts = [row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True)]
-    # Pages for these answers and no more: left alone it takes most of the memory that is free, which training needs.
-    page = 256
-    pages = sum(-(-(len(p) + config.max_new_tokens) // page) for p in prompts)
-    how = ContinuousBatchingConfig(block_size=page, num_blocks=pages + 1, max_batch_tokens=max(256, *map(len, prompts)))
-    # Requests are named after their order; what comes back is sorted by when it finished.
-    out = model.generate_batch(prompts, generation_config=config, continuous_batching_config=how)
-    rows = [torch.tensor(out[f"req_{i}"].generated_tokens, device=ids.device) for i in range(len(prompts))]
-    if any((row >= draw.vocab).any() for row in rows):
-        raise ValueError(
-            "--engine continuous wrote a token that the tokenizer does not have (padded vocabulary); use --engine compact"
-        )
-    return rows, sum(map(len, rows))
-
-
-ENGINES = {"compact": compact, "static": static, "continuous": continuous}
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import time
 import warnings
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -71,24 +72,55 @@ class Watch:
         """Move the bar; print a sample and measure both accuracies when it is time (they join the row)."""
         self.bar.update()
         self.bar.set_postfix(
-            loss=f"{row['loss']:.3f}",
-            len=f"{row['length']:.0f}",
-            eos=f"{row['eos']:.2f}",
-            gnorm=f"{row['grad_norm']:.2f}",
+            loss=f"{row['loss']:.3f}", len=f"{row['length']:.0f}", eos=f"{row['eos']:.2f}", gnorm=f"{row['grad_norm']:.2f}"
         )
         if run.cfg.teacher_every and (run.step % run.cfg.teacher_every == 0 or run.step == 1):
             if run.cfg.uses_teacher:
                 with run.teacher():
-                    row["teacher_accuracy"] = metrics.measure(
-                        run.lm, run.task, self.held_out, True, run.cfg.max_new_tokens
-                    )["accuracy"]
-            row["student_accuracy"] = metrics.measure(run.lm, run.task, self.held_out, False, run.cfg.max_new_tokens)[
-                "accuracy"
-            ]
+                    row["teacher_accuracy"] = metrics.measure(run.lm, run.task, self.held_out, True, run.cfg.max_new_tokens)[
+                        "accuracy"
+                    ]
+            row["student_accuracy"] = metrics.measure(run.lm, run.task, self.held_out, False, run.cfg.max_new_tokens)["accuracy"]
         if run.cfg.sample_every and run.step % run.cfg.sample_every == 0:
             example = " ".join(run.lm.tokenizer.decode(batch.student[0], skip_special_tokens=True).split())
             answer = " ".join(decode(run.lm, batch.ids[:1], batch.mask[:1])[0].split())
             self.bar.write(f"step {run.step}: {example[-160:]}  ->  {answer[:160]}")
+
+
+class Clock:
+    """Wall seconds of the parts of a step; waits for the device, which works behind the program's back."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, {}
+        self.then = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds["s_" + name], self.then = round(now - self.then, 4), now
+
+
+def log_row(run, batch, weights, ceiling, values: list[dict], loss: float, norm: float, tally: dict) -> dict:
+    """One row of log.jsonl. Means are over the unmasked tokens of the whole step, on every process; docs/run-folder.md explains
+    each key.
+    """
+    m = batch.mask.bool()
+    tokens = {k: torch.cat([v[k] for v in values]) for k in values[0]} | {"weight": weights.reliability[m]}
+    if ceiling is not None:
+        tokens["clipped"] = tokens["div"] > ceiling
+    sequences = {"length": batch.mask.sum(1), "eos": metrics.ended(run.lm, batch.ids, batch.mask)}
+    counted = {k: torch.tensor(float(v)) for k, v in tally.items()}
+    sums = [m.sum(), torch.tensor(len(m)), *(v.sum() for v in (tokens | sequences | counted).values())]
+    n, b, *sums = run.ranks.total(torch.stack([s.cpu().double() for s in sums])).tolist()
+    row = {"step": run.step, "loss": loss, "grad_norm": norm, "lr": run.optimizer.param_groups[0]["lr"]}
+    for k, s in zip(tokens | sequences | counted, sums, strict=True):
+        row[k] = s / n if k in tokens else s / b if k in sequences else int(s)
+    if "decoded" in row:
+        row["wasted"] = 1 - row.pop("written") / row.pop("decoded")
+    if "padded" in row:
+        row["padding"] = 1 - row.pop("read") / row.pop("padded")
+    return row
 
 
 def curves(log: Path, picture: Path, title: str) -> None:

@@ -5,10 +5,9 @@
 
   loss       memory and time of the loss at a real vocabulary, against the plain formula, and against Liger's and TRL's
              where those packages are installed (they are optional)
-  sampling   the engines of sampling.py: tokens per second, share of wasted positions, same greedy tokens or not
+  sampling   rows that leave the batch when they have ended, against `generate` for the whole batch: tokens per second,
+             share of wasted positions, same greedy tokens or not
   scoring    passes under a token budget: padding and time
-  prefix     two readings that share a question: its keys and values reused, or read again
-  compile    torch.compile on the student's pass
   steps      a training step of every recipe, split into its parts, against SFT
   model      the same for a model of the shape of Qwen2.5-0.5B with random weights (needs a CUDA device; a small shape
              shows on a CPU that it runs)
@@ -28,17 +27,20 @@ import time
 import warnings
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 
+from engine import any_console, sampling
 from engine.build import Run, start
 from engine.config import make
+from engine.head import head_of
+from engine.reading import PackedReader
 from engine.rollout import choose_device, generate
-from engine.sampling import ENGINES
 from experiments.bench_loss import bench_loss, medians
-from experiments.bench_model import NAMES, bench_compile, bench_model, bench_prefix, step_rows
+from experiments.bench_model import NAMES, bench_model, step_rows
 from unisd import Batch, score_teachers
 
 # --- sampling and scoring -----------------------------------------------------------------------------------------------
@@ -52,30 +54,30 @@ def tiny_run(recipe: str, folder: str, **more) -> Run:
 
 
 def bench_sampling(device: torch.device, args) -> list[dict]:
-    """Every engine on the same prompts, greedy (are the tokens equal?) and at temperature 1 (what does it waste?)."""
+    """Rows that leave against the whole batch, greedy (equal tokens?) and at temperature 1 (how much is wasted?)."""
     with tempfile.TemporaryDirectory() as folder:
         run = tiny_run("sd", folder, device=str(device), train_size=200)
     prompts = [run.prompts[i]["student"] for i in run.usable[: args.prompts]]
     noise = torch.rand(len(prompts), 40, generator=torch.Generator().manual_seed(0))
-    reference, _ = generate(run.lm, prompts, 40, 0.0)
-    rows, works = [], {}
-    engines = list(ENGINES)
-    for engine in engines:
-        lm = replace(run.lm, engine=engine, sample_batch=len(prompts))
-        works[engine] = lambda lm=lm: generate(lm, prompts, 40, 1.0, noise)
-    seconds = medians(works, args.repeats, device)
-    for engine in engines:
-        lm, tally = replace(run.lm, engine=engine, sample_batch=len(prompts)), {}
-        greedy, _ = generate(lm, prompts, 40, 0.0)
-        generate(lm, prompts, 40, 1.0, noise, tally)
+    lm = replace(run.lm, sample_batch=len(prompts))
+
+    def answers(temperature: float, whole_batch: bool, tally: dict | None = None) -> torch.Tensor:
+        (sampling.WHOLE_BATCH.add if whole_batch else sampling.WHOLE_BATCH.discard)(lm.model)
+        return generate(lm, prompts, 40, temperature, noise, tally)[0]
+
+    ways = {"rows leave": False, "whole batch": True}
+    seconds = medians({way: partial(answers, 1.0, whole) for way, whole in ways.items()}, args.repeats, device)
+    rows = []
+    for way, whole in ways.items():
+        answers(1.0, whole, tally := {})
         rows.append(
             {
-                "engine": engine,
+                "way": way,
                 "prompts": len(prompts),
-                "tokens / s": round(tally["written"] / seconds[engine]),
+                "tokens / s": round(tally["written"] / seconds[way]),
                 "wasted positions": round(1 - tally["written"] / tally["decoded"], 3),
-                "greedy tokens equal": greedy.equal(reference),
-                "time / compact": round(seconds[engine] / seconds["compact"], 2),
+                "greedy tokens equal": answers(0.0, whole).equal(answers(0.0, not whole)),
+                "time / rows leave": round(seconds[way] / seconds["rows leave"], 2),
             }
         )
     return rows
@@ -89,9 +91,12 @@ def bench_scoring(device: torch.device, args) -> list[dict]:
     ids, mask = generate(run.lm, [x["student"] for x in p], 40, 1.0)
     contexts = [[x["contexts"][k] for x in p] for k in range(3)]
     batch = Batch([x["student"] for x in p], [x["teacher"] for x in p], [x["negative"] for x in p], contexts, ids, mask)
-    score = lambda budget, tally=None: score_teachers(
-        run.lm.model, run.teacher, batch, run.lm.vocab, replace(run.cfg, max_tokens_per_pass=budget), tally=tally
-    )
+
+    def score(budget: int, tally: dict | None = None) -> None:
+        with run.teacher():
+            reader = PackedReader(run.lm.model, head_of(run.lm.model, run.lm.vocab), batch, budget, run.cfg.chunk, tally)
+            score_teachers(reader, batch, run.cfg)
+
     budgets = [256, 1024, 4096, 16384]
     seconds = medians({f"{b}": lambda b=b: score(b) for b in budgets}, args.repeats, device)
     rows = []
@@ -99,13 +104,9 @@ def bench_scoring(device: torch.device, args) -> list[dict]:
         tally: dict = {}
         score(b, tally)
         share = round(1 - tally["read"] / tally["padded"], 3)
-        rows.append(
-            {"tokens per pass": b, "padding": share, "time / largest": round(seconds[f"{b}"] / seconds["16384"], 2)}
-        )
+        rows.append({"tokens per pass": b, "padding": share, "time / largest": round(seconds[f"{b}"] / seconds["16384"], 2)})
     whole = sum(max(len(x) for x in s) + ids.shape[1] for s in (batch.teacher, batch.negative, *contexts)) * len(p)
-    rows.append(
-        {"tokens per pass": "each reading padded to its longest", "padding": round(1 - tally["read"] / whole, 3)}
-    )
+    rows.append({"tokens per pass": "each reading padded to its longest", "padding": round(1 - tally["read"] / whole, 3)})
     return rows
 
 
@@ -119,15 +120,7 @@ def bench_steps(device: torch.device, args) -> list[dict]:
         return step_rows(runs, args.repeats, device)
 
 
-SECTIONS = {
-    "loss": bench_loss,
-    "sampling": bench_sampling,
-    "scoring": bench_scoring,
-    "prefix": bench_prefix,
-    "compile": bench_compile,
-    "steps": bench_steps,
-    "model": bench_model,
-}
+SECTIONS = {"loss": bench_loss, "sampling": bench_sampling, "scoring": bench_scoring, "steps": bench_steps, "model": bench_model}
 
 
 def markdown(rows: list[dict]) -> str:
@@ -139,14 +132,13 @@ def markdown(rows: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print tables, and write them to a file."""
+    any_console()
     parser = argparse.ArgumentParser(
         prog="bench.py", description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to measure")
-    parser.add_argument(
-        "--json", default="", help="where the numbers go, with the device's name ('' = only the screen)"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    parser.add_argument("--json", default="", help="where the numbers go, with the device's name ('' = only the screen)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0 = torch's choice)")
     parser.add_argument("--repeats", type=int, default=5, help="measurements per median, after one warm-up")
     parser.add_argument("--tokens", type=int, default=512, help="loss: N")

@@ -5,7 +5,7 @@ tensor of logits; inputs and the two gradients that every contender must return 
 Liger's and TRL's losses run only where those packages are installed; they are no dependency. Here are also the two
 instruments of bench.py: `peak_bytes` and `medians`.
 
-Depends on unisd.py, reading.py, agreement.py.   Try it:  python -m experiments.bench --sections loss
+Depends on unisd.py, agreement.py, engine/head.py.   Try it:  python -m experiments.bench --sections loss
 """
 
 import importlib
@@ -26,8 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import agreement
-from engine.reading import Head, sampled_logps
-from unisd import Mechanisms, divergence, reliability, unisd_loss
+from engine.config import Config
+from engine.head import Head, chunked_objective, sampled_logps
+from unisd import Tokens, divergence, reliability
 
 
 class Live(TorchDispatchMode):
@@ -98,19 +99,18 @@ def loss_problem(n: int, v: int, h: int, device: torch.device) -> dict:
     }
 
 
-def ours(p: dict, m: Mechanisms) -> None:
-    """unisd_loss and its gradient; with agreement, the K readings and the weights before it."""
-    speaker, c = Head(p["teacher_weight"], len(p["weight"])), p["c"]
+def ours(p: dict, m: Config) -> None:
+    """The chunked objective and its gradient; with agreement, the K readings and the weights before it."""
+    head, speaker, c = Head(p["weight"], len(p["weight"])), Head(p["teacher_weight"], len(p["weight"])), p["c"]
     if m.uses_agreement:
         readings = torch.stack([sampled_logps(x, p["ids"], speaker, 1.0, m.chunk) for x in p["contexts"]])
         mask = torch.ones(1, len(c), device=c.device)
         c = agreement.coefficients(mask, reliability(readings.unsqueeze(1), mask, m))[0]
-    t = {"ids": p["ids"], "teacher": p["teacher"], "negative": None, "c": c, "a": c}
-    loss, _ = unisd_loss(p["student"], Head(p["weight"], len(p["weight"])), t, speaker, m)
+    loss, _ = chunked_objective(p["student"], head, p["teacher"], speaker, Tokens(p["ids"], c, c), m, m.chunk)
     loss.backward()
 
 
-def plain(p: dict, m: Mechanisms) -> None:
+def plain(p: dict, m: Config) -> None:
     """The same as it is usually written: whole log-probabilities, one line per formula."""
     student = (p["student"] @ p["weight"].T).log_softmax(-1)
     c = p["c"]
@@ -124,7 +124,7 @@ def plain(p: dict, m: Mechanisms) -> None:
     (c * divergence(student, teacher, p["ids"], m)).sum().backward()
 
 
-def liger(p: dict, m: Mechanisms) -> None:
+def liger(p: dict, m: Config) -> None:
     """Liger's fused JSD: its beta is the teacher's weight in the mixture, as our alpha."""
     loss = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=False, chunk_size=64
@@ -132,7 +132,7 @@ def liger(p: dict, m: Mechanisms) -> None:
     loss(p["student"], p["weight"], p["teacher"], p["teacher_weight"], p["ids"]).backward()
 
 
-def trl(p: dict, m: Mechanisms) -> None:
+def trl(p: dict, m: Config) -> None:
     """TRL's SDFT loss on whole logits; its alpha 0 and 1 are the forward and the reverse KL."""
     full = importlib.import_module("trl.experimental.sdft.loss_utils").compute_full_logit_self_distillation_loss
     with torch.no_grad():
@@ -141,7 +141,7 @@ def trl(p: dict, m: Mechanisms) -> None:
     (p["c"] * full(p["student"] @ p["weight"].T, teacher, distillation_alpha=alpha)).sum().backward()
 
 
-def installed(work: Callable, p: dict, m: Mechanisms) -> bool:
+def installed(work: Callable, p: dict, m: Config) -> bool:
     """Does this contender run here?"""
     try:
         with redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
@@ -152,13 +152,13 @@ def installed(work: Callable, p: dict, m: Mechanisms) -> bool:
         return False
 
 
-def afresh(work: Callable, p: dict, m: Mechanisms) -> None:
+def afresh(work: Callable, p: dict, m: Config) -> None:
     """One contender, with no gradient left over from another."""
     p["student"].grad = p["weight"].grad = None
     work(p, m)
 
 
-def extra_bytes(work: Callable, p: dict, m: Mechanisms, device: torch.device) -> int:
+def extra_bytes(work: Callable, p: dict, m: Config, device: torch.device) -> int:
     """Its peak beyond the inputs and the two gradients that it must return."""
     peak = peak_bytes(partial(afresh, work, p, m), device, list(p.values()))
     p["student"].grad = p["weight"].grad = None
@@ -171,7 +171,7 @@ def bench_loss(device: torch.device, args) -> list[dict]:
     small, p = loss_problem(8, 1000, 32, device), loss_problem(n, v, h, device)
     half = loss_problem(n // 2, v, h, device)
     rows = []
-    cases = {d: Mechanisms(divergence=d, log_entropy=False) for d in ("forward", "reverse", "jsd")}
+    cases = {d: Config(divergence=d, log_entropy=False) for d in ("forward", "reverse", "jsd")}
     cases["forward, K = 3"] = replace(cases["forward"], agreement="token", gamma=1.0)
     cases["forward, entropy logged"] = replace(cases["forward"], log_entropy=True)
     extra = {f: installed(f, small, cases["jsd"]) for f in (liger, trl)}

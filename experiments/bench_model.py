@@ -3,7 +3,7 @@
 What: `step_rows` takes steps of several runs in turns and sets each beside SFT. `bench_model` does it for a model of the
 shape of Qwen2.5-0.5B with random weights (prompt 512, answer 256, batch 16) on a GPU, with peak memory and model FLOP
 utilisation: operations of the update (6 per weight and token) over what the card could do in that time. On a CPU a small
-shape shows that it runs. `bench_prefix` and `bench_compile` measure two ideas that train.py does not use.
+shape shows that it runs.
 
 Depends on train.py and what it is made of.   Try it:  python -m experiments.bench --sections model
 """
@@ -11,18 +11,15 @@ Depends on train.py and what it is made of.   Try it:  python -m experiments.ben
 import io
 import json
 import statistics
-import time
 
 import torch
 from tqdm import tqdm
-from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import train
 from engine.build import Run, assemble
 from engine.config import RECIPES, make
 from engine.rollout import Loaded
-from engine.sampling import CACHE
-from experiments.bench_loss import medians
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # bf16 operations per second, by the vendor
 BUDGET = {"unisd-star, budget 0.25": ("unisd-star", {"agreement_budget": 0.25})}
@@ -69,9 +66,7 @@ def step_rows(runs: dict[str, Run], repeats: int, device: torch.device) -> list[
         row |= {p + " %": round(100 * median[name][p] / total) for p in parts}
         last = found[name][-1]
         row["tokens / s sampled"] = (
-            round(last["length"] * runs[name].cfg.batch / median[name]["sampling"])
-            if last.get("wasted") is not None
-            else "–"
+            round(last["length"] * runs[name].cfg.batch / median[name]["sampling"]) if last.get("wasted") is not None else "–"
         )
         row |= {"wasted": round(last.get("wasted", 0.0), 3), "padding": round(last.get("padding", 0.0), 3)}
         if peaks:
@@ -80,65 +75,9 @@ def step_rows(runs: dict[str, Run], repeats: int, device: torch.device) -> list[
     return table
 
 
-def bench_prefix(device: torch.device, args) -> list[dict]:
-    """Two readings of the same answers, right and wrong reference: everything read twice, or the question read once and its
-    keys and values shared. The best case for sharing: all questions of one length, so that nothing is padded.
-    """
-    rows = []
-    for name, question, rest in (("half of the prompt", 128, 128), ("most of the prompt", 256, 64)):
-        model = shaped_model(device, big=device.type == "cuda").get_decoder()
-        g = torch.Generator().manual_seed(0)
-        words = lambda *shape, g=g: torch.randint(1, 1000, shape, generator=g).to(device)
-        prefix, suffixes = words(8, question), words(16, rest)
-
-        def twice(model=model, prefix=prefix, suffixes=suffixes, rest=rest):
-            whole = torch.cat([prefix.repeat_interleave(2, 0), suffixes], 1)
-            return model(input_ids=whole, use_cache=False).last_hidden_state[:, -rest:]
-
-        def shared(model=model, prefix=prefix, suffixes=suffixes):
-            cache = DynamicCache(config=model.config)
-            model(input_ids=prefix, use_cache=True, **{CACHE: cache})
-            cache.batch_repeat_interleave(2)
-            return model(input_ids=suffixes, use_cache=True, **{CACHE: cache}).last_hidden_state
-
-        with torch.no_grad():
-            off = (twice() - shared()).abs().max().item()
-            seconds = medians({"twice": twice, "shared": shared}, args.repeats, device)
-        saved = question / (2 * (question + rest))
-        ratio = round(seconds["shared"] / seconds["twice"], 2)
-        rows.append(
-            {"shared": name, "tokens saved": round(saved, 2), "time / twice": ratio, "states differ by": f"{off:.0e}"}
-        )
-    return rows
-
-
-def bench_compile(device: torch.device, args) -> list[dict]:
-    """The student's pass and its gradient, as it is and through torch.compile, on answers of changing lengths."""
-    model = shaped_model(device, big=device.type == "cuda").get_decoder()
-    fast = torch.compile(model, dynamic=True)
-    widths = [40, 44, 52, 47, 61]
-
-    def passes(f):
-        for w in widths:
-            f(
-                input_ids=torch.ones(16, w, dtype=torch.long, device=device), use_cache=False
-            ).last_hidden_state.sum().backward()
-
-    begun = time.perf_counter()
-    passes(fast)
-    first = time.perf_counter() - begun
-    seconds = medians({"as it is": lambda: passes(model), "compiled": lambda: passes(fast)}, args.repeats, device)
-    ratio = seconds["compiled"] / seconds["as it is"]
-    won = (seconds["as it is"] - seconds["compiled"]) / len(widths)
-    pays = f"{first / won:.0f} passes" if won > 0 else "never"
-    return [{"compiled / as it is": round(ratio, 2), "seconds to compile": round(first, 1), "pays after": pays}]
-
-
 def shaped_model(device: torch.device, big: bool) -> Qwen2ForCausalLM:
     """A model of Qwen2.5-0.5B's shape (or, not big, a small one) with random weights."""
-    shape = dict(
-        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, vocab_size=151936
-    )
+    shape = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, vocab_size=151936)
     if not big:
         shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=1200)
     torch.manual_seed(0)
@@ -199,9 +138,7 @@ def bench_model(device: torch.device, args) -> list[dict]:
         row["time / sft"] = round(row["ms"] / sft, 2)
         layers = sum(p.numel() for n, p in run.lm.model.named_parameters() if "embed" not in n)
         read = run.cfg.batch * (len(run.prompts[0]["student"]) + run.cfg.max_new_tokens)
-        flops = 6 * (
-            layers * read + run.lm.vocab * run.lm.model.config.hidden_size * run.cfg.batch * run.cfg.max_new_tokens
-        )
+        flops = 6 * (layers * read + run.lm.vocab * run.lm.model.config.hidden_size * run.cfg.batch * run.cfg.max_new_tokens)
         known = [v for k, v in PEAK.items() if big and k in torch.cuda.get_device_name(device)]
         update = row["ms"] * row["update %"] / 100 / 1000
         row["update MFU"] = f"{100 * flops / update / known[0]:.0f} %" if known and update else "not measured"

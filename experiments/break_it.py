@@ -43,21 +43,9 @@ RUNS = {  # name -> recipe, overrides; a name that ends in "pad" runs with the w
     "sd-pad": ("sd", {}),
 }
 PLOTS = {  # file -> label of the y axis, key, {run: label}
-    "length": (
-        "sample length, tokens",
-        "length",
-        {"good": "good", "live": "live teacher, reverse KL, T 2"},
-    ),
-    "entropy": (
-        "entropy, nats per token",
-        "entropy",
-        {"good": "good", "clip": "clip at 0.05 nats", "fast": "EMA 0.5 every step"},
-    ),
-    "eos": (
-        "answers that end, per cent",
-        "held_out_eos",
-        {"sft": "SFT, right mask", "sft-pad": "SFT, mask by pad id"},
-    ),
+    "length": ("sample length, tokens", "length", {"good": "good", "live": "live teacher, reverse KL, T 2"}),
+    "entropy": ("entropy, nats per token", "entropy", {"good": "good", "clip": "clip at 0.05 nats", "fast": "EMA 0.5 every step"}),
+    "eos": ("answers that end, per cent", "held_out_eos", {"sft": "SFT, right mask", "sft-pad": "SFT, mask by pad id"}),
     "teacher": (
         "teacher accuracy, per cent",
         "teacher_accuracy",

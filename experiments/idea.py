@@ -1,4 +1,9 @@
-"""idea.py - draws docs/figures/idea.png, the picture in the README:  python -m experiments.idea"""
+"""idea.py - draws docs/figures/idea.png, the picture in the README:  python -m experiments.idea
+
+What: one question of the tiny world, the untouched model's own answer to it, and four readings of that answer, each with
+the place that it finds likeliest and its probability. tests/test_docs.py asks the model again and compares.
+Depends on matplotlib only.
+"""
 
 from pathlib import Path
 
@@ -7,67 +12,90 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch
+from PIL import Image
 
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
+QUESTION = "where is toad: forest, castle, tower, harbor"
+START, ANSWER = "the toad is in the", "harbor"  # the model's own answer, greedy, before training
+DEMO = "example: where is hare: temple, barn, bridge, market\nanswer: the hare is in the market\nnow: "
+READINGS = (  # name, what stands in the prompt, that prompt, the likeliest place after START, its probability, colour
+    ("student", "question", QUESTION, "harbor", 0.47, "#0072B2"),
+    ("teacher", "question + reference (forest)", f"{QUESTION}\nhint: forest", "forest", 0.99, "#00805E"),
+    ("teacher, K contexts", "examples + the same", f"{DEMO}{QUESTION}\nhint: forest", "forest", 0.99, "#A8518A"),
+    ("teacher, misled", "question + wrong one (castle)", f"{QUESTION}\nhint: castle", "castle", 1.00, "#C04E00"),
+)
+TERMS = (  # what the reading in the same row brings into the loss, and the step of train.py
+    ("divergence", "student from teacher, clipped", "4 loss"),
+    ("feature matching", "squared gap of their final states", ""),
+    ("weight", "small where the K readings differ", "3 weigh"),
+    ("contrast", "nearer to the teacher than to the\nmisled one", ""),
+)
+NOTE = """All four are the same network. The
+teacher's weights are the student's as
+they were (frozen), or a slow average
+of them (EMA)."""
+INK, GREY = "#222222", "#666666"
+TOP, STEP, HIGH = 4.72, 1.22, 0.94  # of the readings: y of the first, distance, height
 
 
-def box(axis, x, y, w, h, title, text, colour):
-    shape = FancyBboxPatch(
-        (x, y), w, h, boxstyle="round,pad=0.02,rounding_size=0.1", fc=colour + "18", ec=colour, lw=1.6
-    )
-    axis.add_patch(shape)
-    axis.text(x + 0.12, y + h - 0.2, title, color=colour, weight="bold", va="top", fontsize=10.5)
-    axis.text(x + 0.12, y + h - 0.58, text, va="top", fontsize=9, linespacing=1.5)
+def box(axis, x, y, w, h, colour, title="", text="", width=1.4):
+    for fill, edge in (("white", colour), (colour + "14", "none")):
+        style = dict(boxstyle="round,pad=0,rounding_size=0.12", fc=fill, ec=edge, lw=width)
+        axis.add_patch(FancyBboxPatch((x, y), w, h, **style))
+    axis.text(x + 0.15, y + h - 0.16, title, color=colour, weight="bold", va="top", fontsize=10.5)
+    axis.text(x + 0.15, y + h - 0.52, text, color=INK, va="top", fontsize=9.5, linespacing=1.4)
 
 
-def arrow(axis, start, end, text="", colour=GREY, offset=(0, 0.08), style="-|>"):
-    axis.annotate("", end, start, arrowprops=dict(arrowstyle=style, color=colour, lw=1.5, shrinkA=2, shrinkB=2))
-    if text:
-        x, y = (start[0] + end[0]) / 2 + offset[0], (start[1] + end[1]) / 2 + offset[1]
-        axis.text(x, y, text, color=colour, fontsize=9, ha="center", va="bottom")
+def arrow(axis, start, end, colour, width=1.5):
+    how = dict(arrowstyle="-|>", color=colour, lw=width, shrinkA=0, shrinkB=0, mutation_scale=13, joinstyle="miter")
+    axis.annotate("", end, start, arrowprops=how)
 
 
 def draw(path: Path) -> None:
-    figure, axis = plt.subplots(figsize=(10.6, 5.3), layout="constrained")
-    axis.set(xlim=(0, 12.4), ylim=(-0.15, 6.1))
+    """The picture, from left to right in the order of train.py's banners."""
+    figure, axis = plt.subplots(figsize=(9.6, 5.2))
+    figure.subplots_adjust(0, 0, 1, 1)
+    axis.set(xlim=(0, 12), ylim=(0, 6.5))
     axis.axis("off")
-    box(axis, 0.1, 2.4, 2.6, 1.35, "student", "question\nπ(· | x)", BLUE)
-    box(axis, 4.0, 2.4, 2.9, 1.35, "its own answer ŷ", "sampled token by token,\nthen re-read by everyone", GREY)
-    box(axis, 8.4, 4.75, 3.8, 1.2, "teacher", "question + reference", GREEN)
-    box(axis, 8.4, 3.25, 3.8, 1.2, "teacher, K contexts", "demonstrations + question + reference", PURPLE)
-    box(axis, 8.4, 1.75, 3.8, 1.2, "teacher, misled", "question + wrong reference", ORANGE)
-    box(
-        axis,
-        8.4,
-        0.05,
-        3.8,
-        1.3,
-        "where the teacher comes from",
-        "the same model: frozen,\nor its slow average (EMA)",
-        GREY,
-    )
-    arrow(axis, (2.75, 3.1), (3.95, 3.1), "1 sample", BLUE)
-    for y, colour in ((5.35, GREEN), (3.85, PURPLE), (2.35, ORANGE)):
-        arrow(axis, (6.95, 3.1), (8.35, y), "", colour)
-    axis.text(7.55, 4.85, "2 score", fontsize=9, color=GREY, ha="center")
-    loss = "D( teacher, student ), clipped   ×   agreement of the K contexts\n"
-    loss += "+ contrast with the misled teacher   + feature matching"
-    box(axis, 0.1, 0.05, 6.8, 1.3, "3 loss, per token", loss, GREY)
-    arrow(axis, (8.35, 1.95), (6.95, 0.85), "", GREY)
-    axis.text(7.0, 0.2, "log-probs and\nstates, of all", fontsize=9, color=GREY, ha="left")
-    arrow(axis, (5.4, 2.35), (4.3, 1.4), "", GREY)
-    arrow(axis, (1.4, 1.4), (1.4, 2.35), "4 update", BLUE, offset=(0.62, -0.12))
-    axis.text(0.1, 5.75, "One model, read several times", fontsize=15, weight="bold", va="center")
-    axis.text(
-        0.1,
-        5.2,
-        "It answers alone. With a reference in its prompt it re-reads\nthat same answer, and the student learns the difference.",
-        fontsize=10,
-        va="top",
-        color=GREY,
-    )
-    figure.savefig(path, dpi=130)
+    left, right, loss, rows = 3.75, 7.1, 8.55, [TOP - STEP * i for i in range(4)]
+    middle = (rows[0] + rows[-1] + HIGH) / 2
+    step = dict(fontsize=10, color=GREY)
+    axis.text(0.15, 6.2, "One model, read several times", fontsize=15, weight="bold", va="center", color=INK)
+
+    # 1 sample: the student answers alone
+    box(axis, 0.15, TOP - 0.3, 2.6, HIGH + 0.3, GREY, "question", "where is toad: forest,\ncastle, tower, harbor")
+    box(axis, 0.15, middle - 0.6, 2.6, 1.2, GREY, "the student's answer", "the toad is in the\nharbor")
+    arrow(axis, (1.45, TOP - 0.3), (1.45, middle + 0.6), GREY)
+    axis.text(1.6, (TOP - 0.3 + middle + 0.6) / 2, "1 sample", va="center", **step)
+
+    # 2 score: the same answer is read under four prompts
+    for (name, prompt, _, word, p, colour), y in zip(READINGS, rows, strict=True):
+        bold, several = 2.8 if name == "student" else 1.4, "K" in name
+        for back in (0.12, 0.06) if several else ():
+            box(axis, left + back, y - back, right - left, HIGH, colour)
+        box(axis, left, y, right - left, HIGH, colour, name, prompt, bold)
+        arrow(axis, (2.75, middle), (left, y + HIGH / 2), GREY, 1.1)
+        arrow(axis, (right + 0.12 * several, y + HIGH / 2), (loss, y + HIGH / 2), colour, bold + 0.2)
+        axis.text((right + loss) / 2, y + HIGH / 2 + 0.1, f"{word} {p:.2f}", fontsize=9, color=colour, ha="center")
+    axis.text(2.72, middle - 0.95, "2 score", va="center", ha="right", **step)
+
+    # 3 weigh, 4 loss: every reading has its part
+    box(axis, loss, 0.25, 3.3, TOP + HIGH - 0.25, INK)
+    for (name, what, number), y in zip(TERMS, rows, strict=True):
+        axis.text(loss + 0.18, y + HIGH - 0.16, name, fontsize=10.5, weight="bold", color=INK, va="top")
+        axis.text(loss + 0.18, y + HIGH - 0.5, what, fontsize=9, color=INK, va="top", linespacing=1.3)
+        axis.text(loss + 3.12, y + HIGH - 0.16, number, va="top", ha="right", **step)
+    axis.plot((loss + 0.18, loss + 3.12), (0.95, 0.95), color=INK, lw=0.8)
+    axis.text(loss + 0.18, 0.58, "loss = weight × divergence\n   + contrast + matching", fontsize=9.5, color=INK, va="center")
+
+    # 5 update: one reading has a gradient
+    blue, end, over = READINGS[0][-1], (left + right) / 2, 6.0
+    axis.plot((10.225, 10.225, end), (TOP + HIGH, over, over), color=blue, lw=2.8, solid_joinstyle="miter")
+    arrow(axis, (end, over + 0.015), (end, TOP + HIGH), blue, 2.8)
+    axis.text(7.9, over + 0.12, "5 update: only this reading has a gradient", fontsize=10, color=blue, ha="center")
+    axis.text(0.15, 0.25, NOTE, fontsize=9.5, color=INK, va="bottom", linespacing=1.4)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
+    Image.open(path).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
 
 
 if __name__ == "__main__":

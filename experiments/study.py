@@ -190,8 +190,7 @@ def numbers(path: Path, stamp: int) -> dict:
     seconds = statistics.median(sum(v for k, v in r.items() if k[:2] == "s_") for r in steps) if steps else math.nan
     norms = sorted(r["grad_norm"] for r in steps[len(steps) // 10 :]) or [math.nan]  # without the warm-up
     curves = {
-        k: [(r["step"], r[k]) for r in steps if r.get(k) is not None]
-        for k in ("student_accuracy", "teacher_accuracy", "div")
+        k: [(r["step"], r[k]) for r in steps if r.get(k) is not None] for k in ("student_accuracy", "teacher_accuracy", "div")
     }
     twenty = [curves["div"][i : i + 20] for i in range(0, len(curves["div"]), 20)]  # a step is noisy
     curves["div"] = [(part[-1][0], statistics.mean(v for _, v in part)) for part in twenty]
@@ -289,9 +288,7 @@ def write(found: dict, out: Path) -> str:
     out.mkdir(parents=True, exist_ok=True)
     text = markdown(summarise(found), out)
     flat = ((s, r, k, cells[k]) for s, rows in found.items() for r, cells in rows.items() for k in sorted(cells))
-    lines = ",\n".join(json.dumps({"setting": s, "row": r, "seed": k} | c) for s, r, k, c in flat).replace(
-        "NaN", "null"
-    )
+    lines = ",\n".join(json.dumps({"setting": s, "row": r, "seed": k} | c) for s, r, k, c in flat).replace("NaN", "null")
     for name, content in (("table.md", text), ("cells.json", f"[\n{lines}\n]")):
         new = out / (name + ".new")
         new.write_text(content + "\n")
@@ -316,13 +313,9 @@ def main(argv: list[str] | None = None) -> int:
     many = "runs at a time, one thread each (default: %(default)s)"
     parser.add_argument("--jobs", type=int, default=cores, help=many)
     parser.add_argument(
-        "--quick",
-        action="store_true",
-        help=f"{', '.join(QUICK)} in clean, {QUICK_SEEDS} seeds: estimated 8 minutes on 2 cores",
+        "--quick", action="store_true", help=f"{', '.join(QUICK)} in clean, {QUICK_SEEDS} seeds: estimated 8 minutes on 2 cores"
     )
-    parser.add_argument(
-        "--train", nargs=argparse.REMAINDER, default=[], help="further flags for train.py, last on the line"
-    )
+    parser.add_argument("--train", nargs=argparse.REMAINDER, default=[], help="further flags for train.py, last on the line")
     args = parser.parse_args(argv)
     if args.quick:
         args.recipes, args.seeds = QUICK, QUICK_SEEDS

@@ -1,7 +1,7 @@
 """catalog.py - a name -> a Task: the tiny world, a benchmark of the hub, or a file of your own.
 
 It exists so that training and evaluation mean the same questions by the same name.
-A new task needs a line here, questions (`data.Example`) and a scorer; docs/exercises.md adds one step by step.
+A new task needs a line here, questions (`data.Example`) and a scorer; docs/exercises.md adds a family to the tiny world.
 
 Depends on data.py, world.py, benchmarks.py, jsonl.py.   Try it:  python -m pytest tests/test_data.py -q
 """

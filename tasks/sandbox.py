@@ -2,18 +2,16 @@
 
 A *judge* forks a *program* and then reads the tests. Only plain data (numbers, text, lists, dicts ...) crosses the pipe
 between them: the judge asks "call f with 1" and hears "8"; all else stays in the program and goes by a number. So ==
-compares what the judge decoded, and the program never holds a test, an expected value or anything that means "passed":
-there is no verdict in it to forge. The official code calls exec() in the scoring process behind an alarm: sys.exit()
-ends the evaluation, `except Exception` swallows the alarm, an object that equals everything passes, nothing is limited.
+compares what the judge decoded, and the program holds no test, no expected value and no verdict that it could forge.
 
 Protected on Linux, for root and user alike: files (Landlock: read Python and system libraries, write one private
 folder), network and other processes (a filter on system calls; no fork), environment, time, memory, file size, threads.
 `describe()` tries attacks *here*: before Linux 5.13 files are safe only if root calls (the program then changes uid);
-without the filter (neither x86_64 nor aarch64; macOS) a program can do what you can. Not protected: the kernel (for
-hostile code use a VM); small files can fill a disk. A program answers for its own objects (`if f(x)`, `Node(1).left`);
-== with one raises unless it is plain data at heart. Tests cannot hand functions to a program, add its objects,
-subclass, `except` or isinstance() its classes, or use `is`.
-Standard library only.   Try it:  python sandbox.py   (tries the attacks)   python -m pytest tests/test_sandbox.py -q
+without the filter (neither x86_64 nor aarch64) a program can do what you can. Windows and macOS have no cage, only a time
+limit (subprocess_judge.py). Nowhere protected: the kernel (use a VM), the disk from small files. A program answers for
+its own objects; == with one raises unless it is plain data at heart. Tests cannot hand functions to a program, add its
+objects, subclass, `except` or isinstance() its classes, or use `is`.
+Standard library only.   Try it:  python -m tasks.sandbox  (tries the attacks)   python -m pytest tests/test_sandbox.py -q
 """
 
 import ast
@@ -32,11 +30,13 @@ import traceback
 import types
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 with contextlib.suppress(ImportError):
     import resource  # not on Windows
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+ISOLATES = hasattr(os, "fork") and hasattr(LIBC, "prctl") and "resource" in globals()  # else: subprocess_judge.py
 Jobs = Sequence[tuple[str, Sequence[str]]]  # programs, each with its test statements
 
 
@@ -60,16 +60,17 @@ def run_tests(jobs: Jobs, limits: Limits = Limits(), progress: bool = False) -> 
     """Run each (program, test statements); verdicts in the same order. A job can fail only itself, never another.
 
     Tests run in order and share their names; a name they do not define is the program's. No tests: not passed.
-    Raises NotImplementedError on Windows.
     """
-    if not hasattr(os, "fork"):
-        raise NotImplementedError("the sandbox needs fork(): use Linux, macOS, or WSL on Windows")
-    home = tempfile.mkdtemp(prefix="sandbox-")
-    os.chmod(home, 0o711)  # for a program with another uid
-    command = [sys.executable, "-SsPB", os.path.abspath(__file__), json.dumps(asdict(limits)), home, str(os.getpid())]
     # Not fork(): the caller may have threads. No -E: the environment is ours, a fixed hash seed makes verdicts repeat.
     env = {"PYTHONHASHSEED": "0", "PYTHONINTMAXSTRDIGITS": "0", "MALLOC_ARENA_MAX": "1"}
     env["LD_LIBRARY_PATH"] = os.environ.get("LD_LIBRARY_PATH", "")  # some builds of Python need it
+    if not ISOLATES:
+        from tasks.subprocess_judge import judge_all
+
+        return [Verdict(*verdict) for verdict in judge_all(jobs, asdict(limits), env, progress)]
+    home = tempfile.mkdtemp(prefix="sandbox-")
+    os.chmod(home, 0o711)  # for a program with another uid
+    command = [sys.executable, "-SsPB", os.path.abspath(__file__), json.dumps(asdict(limits)), home, str(os.getpid())]
     verdicts = [Verdict(False, "timeout")] * len(jobs)  # stays so if the judge dies: then a test was stuck, or greedy
     with tempfile.TemporaryFile() as queue:
         for number, (source, tests) in enumerate(jobs):
@@ -116,9 +117,8 @@ def _serve(limits: Limits, home: str, caller: int) -> None:
     os.environ.clear()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the caller may ignore or block it, and we would inherit that
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    if LIBC:
-        _die_with(caller)
-        LIBC.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: when a judge dies, its program becomes our child
+    _die_with(caller)
+    LIBC.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: when a judge dies, its program becomes our child
     while size := int(os.read(0, 20) or 0):
         place = os.lseek(0, size, os.SEEK_CUR) - size
         if (judge := os.fork()) == 0:
@@ -135,10 +135,9 @@ def _serve(limits: Limits, home: str, caller: int) -> None:
 
 def _judge(size: int, place: int, limits: Limits, home: str, helper: int) -> None:
     """Fork the program, *then* read its job, so that it cannot inherit the tests. Answer [number, passed, reason]."""
-    if LIBC:
-        resource.setrlimit(resource.RLIMIT_AS, [limits.memory_mb << 20] * 2)
-        _die_with(helper)
-        LIBC.prctl(4, 0)  # PR_SET_DUMPABLE: a program with our uid must not read or trace us
+    resource.setrlimit(resource.RLIMIT_AS, [limits.memory_mb << 20] * 2)
+    _die_with(helper)
+    LIBC.prctl(4, 0)  # PR_SET_DUMPABLE: a program with our uid must not read or trace us
     (hear, to_judge), (from_judge, tell) = os.pipe(), os.pipe()
     judge, program = os.getpid(), os.fork()
     signal.setitimer(signal.ITIMER_REAL, limits.wall_seconds)  # SIGALRM kills: the judge, if not the program
@@ -147,34 +146,37 @@ def _judge(size: int, place: int, limits: Limits, home: str, helper: int) -> Non
         return _program(os.fdopen(62), os.fdopen(63, "w"))
     os.close(to_judge)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  tests may print
-    hear, tell = os.fdopen(hear), os.fdopen(tell, "w")
-
-    def ask(operation, /, *args, **named):
-        """Have the program do something; return or raise what comes of it."""
-        print(json.dumps([operation, _encode(args), _encode(named)]), file=tell, flush=True)
-        line = hear.readline(limits.output_bytes)
-        try:
-            names, value, changed = json.loads(line)
-        except ValueError:
-            raise _Gone("error: answer too long, or nonsense" if line else "") from None
-        if names:  # the nearest built-in exception; checked, or the program could name `eval`
-            kinds = [k for k in map(vars(builtins).get, names) if isinstance(k, type) and issubclass(k, BaseException)]
-            raise kinds[0].__new__(kinds[0], value)
-        for arg, new in zip(args, _decode(changed), strict=True):  # what the program changed in place
-            if new is not None:
-                arg.clear()
-                (arg.update if isinstance(arg, dict | set) else arg.extend)(new)
-        return _decode(value, None, ask)
-
+    ask = partial(_ask, os.fdopen(hear), os.fdopen(tell, "w"), limits.output_bytes)
     number, source, tests = json.loads(os.pread(0, size, place))
     reason = _run(ask, source, tests)
     if reason:
         os.killpg(program, signal.SIGKILL)
-    code = -os.waitstatus_to_exitcode(os.waitpid(program, 0)[1])
-    endings = {0: "exited early", signal.SIGXCPU: "timeout", signal.SIGALRM: "timeout"}
-    reason = reason or endings.get(max(0, code)) or f"killed: {signal.strsignal(code)}"
-    reason = "".join(c if c.isprintable() else " " for c in reason)[:200]
+    reason = _final(reason, os.waitstatus_to_exitcode(os.waitpid(program, 0)[1]))
     os.write(1, json.dumps([number, reason == "passed", reason]).encode() + b"\n")
+
+
+def _ask(hear, tell, longest: int, operation, /, *args, **named):
+    """Have the program do something; return or raise what comes of it."""
+    print(json.dumps([operation, _encode(args), _encode(named)]), file=tell, flush=True)
+    line = hear.readline(longest)
+    try:
+        names, value, changed = json.loads(line)
+    except ValueError:
+        raise _Gone("error: answer too long, or nonsense" if line else "") from None
+    if names:  # the nearest built-in exception; checked, or the program could name `eval`
+        kinds = [k for k in map(vars(builtins).get, names) if isinstance(k, type) and issubclass(k, BaseException)]
+        raise kinds[0].__new__(kinds[0], value)
+    for arg, new in zip(args, _decode(changed), strict=True):  # what the program changed in place
+        if new is not None:
+            arg.clear()
+            (arg.update if isinstance(arg, dict | set) else arg.extend)(new)
+    return _decode(value, None, partial(_ask, hear, tell, longest))
+
+
+def _final(reason: str, code: int) -> str:
+    """The judge's reason, or how the program ended (-24, -14: SIGXCPU, SIGALRM, so it was too slow). One printable line."""
+    ended = "exited early" if code >= 0 else "timeout" if code in (-24, -14) else f"killed: {signal.strsignal(-code)}"
+    return "".join(c if c.isprintable() else " " for c in reason or ended)[:200]
 
 
 def _run(ask, source: str, tests: str) -> str:
@@ -295,26 +297,24 @@ def _cage(limits: Limits, folder: str, from_judge: int, to_judge: int, judge: in
     os.chdir(folder)
     os.environ["TMPDIR"] = folder
     uid, threads = 0 if os.geteuid() else 50000 + os.getpid() % 10000, limits.processes  # a uid of its own, if root
-    if LIBC:
-        threads += 0 if uid else int(os.read(os.open("/proc/loadavg", os.O_RDONLY), 99).split(b"/")[1].split()[0])
-        LIBC.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-        LIBC.prctl(8, 1)  # PR_SET_KEEPCAPS
+    threads += 0 if uid else int(os.read(os.open("/proc/loadavg", os.O_RDONLY), 99).split(b"/")[1].split()[0])
+    LIBC.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    LIBC.prctl(8, 1)  # PR_SET_KEEPCAPS
     for name, value in dict(FSIZE=limits.file_mb << 20, CPU=limits.cpu_seconds, NPROC=threads, NOFILE=64).items():
         with contextlib.suppress(ValueError, OSError):  # it is lower already. CPU: SIGXCPU, a second later SIGKILL
             resource.setrlimit(vars(resource)[f"RLIMIT_{name}"], (value, value + (name == "CPU")))
-    landlock = LIBC and _landlock(folder)
+    landlock = _landlock(folder)
     if uid:
         with contextlib.suppress(OSError):  # a root without powers
             os.chown(folder, uid, uid)
             os.setgroups([])
             os.setgid(uid)
             os.setuid(uid)
-    if LIBC:
-        _die_with(judge)  # only now: to change the uid cancels it
-        # A Python below /root (0700) is closed to others. CAP_DAC_OVERRIDE opens it; Landlock keeps the rest closed.
-        bits, header = 2 * (landlock and not os.access(os.__file__, os.R_OK)), struct.pack("Ii", 0x20080522, 0)
-        LIBC.capset(header, struct.pack("6I", bits, bits, 0, 0, 0, 0)) and LIBC.capset(header, bytes(24))
-        _filter()
+    _die_with(judge)  # only now: to change the uid cancels it
+    # A Python below /root (0700) is closed to others. CAP_DAC_OVERRIDE opens it; Landlock keeps the rest closed.
+    bits, header = 2 * (landlock and not os.access(os.__file__, os.R_OK)), struct.pack("Ii", 0x20080522, 0)
+    LIBC.capset(header, struct.pack("6I", bits, bits, 0, 0, 0, 0)) and LIBC.capset(header, bytes(24))
+    _filter()
 
 
 def _landlock(folder: str) -> bool:

@@ -85,9 +85,7 @@ def test_sequence_weights_do_not_cancel():
     loss, mask = torch.rand(3, 50, dtype=torch.float64) + torch.tensor([[0.0], [1.0], [5.0]]), torch.ones(3, 50)
     w = sequence_weights(torch.tensor([0.0, 0.1, 3.0], dtype=torch.float64), 1.0).unsqueeze(1).expand(3, 50)
     one = torch.ones_like(w)
-    assert_close(
-        weighted_mean(loss, mask, w, "sequence"), weighted_mean(loss, mask, one, "sequence"), rtol=1e-12, atol=0
-    )
+    assert_close(weighted_mean(loss, mask, w, "sequence"), weighted_mean(loss, mask, one, "sequence"), rtol=1e-12, atol=0)
     assert weighted_mean(loss, mask, w).item() < 0.7 * weighted_mean(loss, mask, one).item()
 
 

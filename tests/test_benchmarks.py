@@ -20,11 +20,7 @@ from tasks.scoring import as_number, same, score_all
 def score(example, completion):
     """The public form, less the key that only tools give a meaning of its own."""
     result = benchmarks.score(example.task, example, completion)
-    return (
-        result
-        if example.answer and example.answer["kind"] == "tools"
-        else {k: v for k, v in result.items() if k != "lenient"}
-    )
+    return result if example.answer and example.answer["kind"] == "tools" else {k: v for k, v in result.items() if k != "lenient"}
 
 
 FIXTURES = Path(__file__).parent / "fixtures"  # invented records, in the columns of the data sets
@@ -63,9 +59,7 @@ def test_scienceqa_shows_lecture_and_hint_and_moves_the_letter_with_its_option()
         "Context: Ana touches each thing to the two ends of a broken circuit.\n\nQuestion: Which of these"
     )
     assert e.question.endswith("Answer: <A, B, C or D>") and e.task == "scienceqa"
-    assert e.reference.startswith("Copper wire is a metal") and e.reference.endswith(
-        f"\n\nAnswer: {e.answer['letter']}"
-    )
+    assert e.reference.startswith("Copper wire is a metal") and e.reference.endswith(f"\n\nAnswer: {e.answer['letter']}")
     assert e.reference == convert("scienceqa", 0, seed).reference
 
 
@@ -132,12 +126,8 @@ def test_toolalpaca_keeps_every_call():
     assert e.question.count("Send two small parcels") == 1 and "Action Input" in e.question
 
     e = convert("toolalpaca", 1)  # golden_answer as a record of lists, no golden_response
-    assert [c["action"] for c in e.answer["calls"]] == ["sendParcel", "findParcel"] and e.reference.count(
-        "Action:"
-    ) == 2
-    assert (
-        convert("toolalpaca", 2).reference == 'Action: findParcel\nAction Input: {"id": "p9"}'
-    )  # not the contradicting response
+    assert [c["action"] for c in e.answer["calls"]] == ["sendParcel", "findParcel"] and e.reference.count("Action:") == 2
+    assert convert("toolalpaca", 2).reference == 'Action: findParcel\nAction Input: {"id": "p9"}'  # not the contradicting response
     assert convert("toolalpaca", 5).answer["calls"] == [{"action": "findParcel", "arguments": {}}]
     row = dict(rows_of("toolalpaca")[0], prompt="You have tools.")
     question = BENCHMARKS["toolalpaca"].to_example(row, 0, 0).question
@@ -195,9 +185,7 @@ def test_a_wrong_explanation_argues_for_the_wrong_option():
     (e,), _ = add_negatives([e], 0)
     letter = score(e, e.negative)["said"]
     wrong = e.answer["options"]["ABCD".index(letter)]
-    assert e.negative.startswith(f"Ans. is '{letter.lower()}' i.e., {wrong}. Sunlight turns") and e.negative.endswith(
-        letter
-    )
+    assert e.negative.startswith(f"Ans. is '{letter.lower()}' i.e., {wrong}. Sunlight turns") and e.negative.endswith(letter)
     assert swapped("Oxygen, not iron. Iron-free oxygen.", "oxygen", "iron") == "Iron, not oxygen. Oxygen-free iron."
 
 
@@ -224,19 +212,10 @@ def test_mutants_are_python_and_keep_the_layout():
 
 def test_what_has_no_negative_is_counted():
     example = lambda code: Example(
-        "t",
-        "q",
-        f"```python\n{code}\n```",
-        {"kind": "code", "entry": "f", "tests": ["assert f(1) == 1"], "prelude": ""},
+        "t", "q", f"```python\n{code}\n```", {"kind": "code", "entry": "f", "tests": ["assert f(1) == 1"], "prelude": ""}
     )
-    got, counts = add_negatives(
-        [example("def f(x): return x"), example("def f(x): return 2"), example("def f(x): pass")], 0
-    )
-    assert counts == {"found": 1, "missing": 0, "reference_fails": 2} and [bool(e.negative) for e in got] == [
-        True,
-        False,
-        False,
-    ]
+    got, counts = add_negatives([example("def f(x): return x"), example("def f(x): return 2"), example("def f(x): pass")], 0)
+    assert counts == {"found": 1, "missing": 0, "reference_fails": 2} and [bool(e.negative) for e in got] == [True, False, False]
     text = Example("t", "q", "Answer: Paris", {"kind": "text", "value": "Paris", "mark": "Answer:"})
     assert add_negatives([text], 0)[1] == {"found": 0, "missing": 1, "reference_fails": 0}
 
@@ -252,13 +231,7 @@ def test_a_task_and_its_manifest(offline_rows):
     assert manifest["negatives"] == {"found": 2, "missing": 0, "reference_fails": 0}
     assert manifest["fingerprint"] == task.fingerprint() and task.score is score_all
     _, manifest = load_task("scienceqa")
-    assert manifest["test"] == {
-        "data": "scienceqa",
-        "rows": 5,
-        "read": 5,
-        "kept": 3,
-        "dropped": manifest["test"]["dropped"],
-    }
+    assert manifest["test"] == {"data": "scienceqa", "rows": 5, "read": 5, "kept": 3, "dropped": manifest["test"]["dropped"]}
     assert manifest["test"]["dropped"] == {"has an image": 1, "no answer": 1}
     json.dumps(manifest)
 
@@ -274,11 +247,7 @@ def test_same_seed_same_examples_and_the_test_side_is_the_same_for_every_seed(of
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [
-        ("gpqa", "train on scienceqa"),
-        ("humaneval", "train on mbpp, mbpp-sanitized"),
-        ("gpqa-diamond", "evaluation only"),
-    ],
+    [("gpqa", "train on scienceqa"), ("humaneval", "train on mbpp, mbpp-sanitized"), ("gpqa-diamond", "evaluation only")],
 )
 def test_what_is_for_evaluation_only_is_not_trained_on(offline_rows, name, message):
     with pytest.raises(ValueError, match=f"--data {name} is for evaluation only.*") as error:
@@ -444,12 +413,8 @@ def test_what_is_a_number():
 
 def test_text():
     e = Example("t", "q", "r", {"kind": "text", "value": "New-York", "mark": "Answer:"})
-    r = [
-        score(e, t) for t in ("It is big.\nAnswer: new york.", "The answer is **New York**", "so\nNew York", "York", "")
-    ]
-    assert [x["correct"] for x in r] == [True, True, True, False, False] and [x["strict"] for x in r] == [True] + [
-        False
-    ] * 4
+    r = [score(e, t) for t in ("It is big.\nAnswer: new york.", "The answer is **New York**", "so\nNew York", "York", "")]
+    assert [x["correct"] for x in r] == [True, True, True, False, False] and [x["strict"] for x in r] == [True] + [False] * 4
     assert [x["abstained"] for x in r] == [False] * 4 + [True]
 
 
@@ -478,22 +443,8 @@ GOLD = [{"action": "send", "arguments": {"city": "Oslo", "count": 1}}]
         (GOLD, call("send", GOLD[0]["arguments"]) * 2, 0, 0.5, 0.5, False),
         (GOLD * 2, call("send", GOLD[0]["arguments"]), 0, 0.5, 0.5, False),
         (GOLD, json.dumps({"tool_calls": [{"Action": "send", "Action_Input": GOLD[0]["arguments"]}]}), 1, 1, 1, True),
-        (
-            GOLD,
-            json.dumps({"tool_calls": [{"Action": "send", "Action_Input": json.dumps(GOLD[0]["arguments"])}]}),
-            1,
-            1,
-            1,
-            True,
-        ),
-        (
-            GOLD,
-            '```json\n{"tool_calls": [{"name": "send", "arguments": {"city": "Oslo", "count": 1}}]}\n```',
-            1,
-            1,
-            1,
-            True,
-        ),
+        (GOLD, json.dumps({"tool_calls": [{"Action": "send", "Action_Input": json.dumps(GOLD[0]["arguments"])}]}), 1, 1, 1, True),
+        (GOLD, '```json\n{"tool_calls": [{"name": "send", "arguments": {"city": "Oslo", "count": 1}}]}\n```', 1, 1, 1, True),
         (GOLD, '{"tool_calls": [3]}', 0, 0, 0, False),
         (GOLD, "I would send it to Oslo.", 0, 0, 0, False),
         ([{"action": "list", "arguments": {}}], call("list", {}), 1, 1, 1, True),

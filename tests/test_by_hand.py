@@ -25,9 +25,7 @@ each = pytest.mark.parametrize("file", SHOWN)
 @cache
 def printed(file):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}  # a console that knows ASCII only
-    done = subprocess.run(
-        [sys.executable, file], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, file], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and not done.stderr, done.stderr
     return done.stdout.strip()
 

@@ -69,9 +69,7 @@ def test_the_models_states_find_the_same_family(lm):
 @pytest.mark.parametrize("kind", ["random", "retrieval", "induction"])
 @pytest.mark.parametrize("with_reference", [True, False])
 def test_the_grid(lm, kind, with_reference, tmp_path):
-    cfg = make(
-        "agree-token", context_kind=kind, context_reference=with_reference, contexts=2, demos=2, max_prompt_tokens=400
-    )
+    cfg = make("agree-token", context_kind=kind, context_reference=with_reference, contexts=2, demos=2, max_prompt_tokens=400)
     prepared = contexts.prepare(lm, TASK, cfg, tmp_path)
     prompts, cut = contexts.encode(lm.tokenizer, TASK, 7, cfg, prepared)
     texts = [lm.tokenizer.decode(p) for p in prompts["contexts"]]
@@ -91,9 +89,7 @@ def test_the_cache_is_used_while_its_stamp_holds_and_made_again_when_not(lm, tmp
     assert contexts.prepare(lm, TASK, cfg, tmp_path) == first
     monkeypatch.undo()
     for change in (dict(seed=1), dict(demos=2), dict(contexts=4)):
-        other = contexts.prepare(
-            lm, TASK, make("agree-token", context_kind="retrieval", retriever="tfidf", **change), tmp_path
-        )
+        other = contexts.prepare(lm, TASK, make("agree-token", context_kind="retrieval", retriever="tfidf", **change), tmp_path)
         assert other["stamp"] != first["stamp"]
     assert contexts.prepare(lm, world.load(100, 3), cfg, tmp_path)["stamp"] != first["stamp"]  # another data set
 
@@ -131,9 +127,7 @@ def test_a_cut_reference_is_counted(lm):
     long = Example("fact", "where is lamp: mill", "cave " * 40)
     task = Task("t", [long], [], world.score, wording=world.WORDING)
     prompts, cut = contexts.encode(lm.tokenizer, task, 0, cfg, {"negatives": [], "demos": [], "instructions": []})
-    assert (
-        cut > 0 and len(prompts["teacher"]) <= 30 and "where is lamp: mill" in lm.tokenizer.decode(prompts["teacher"])
-    )
+    assert cut > 0 and len(prompts["teacher"]) <= 30 and "where is lamp: mill" in lm.tokenizer.decode(prompts["teacher"])
 
 
 @pytest.mark.parametrize("kind", ["retrieval", "induction"])

@@ -43,6 +43,4 @@ def test_a_long_reference_is_cut_and_the_question_is_not(tokenizer):
 
 
 def test_chat_ids_are_the_templates_and_nothing_more(tokenizer):
-    assert (
-        tokenizer.decode(chat_ids(tokenizer, "47+38")) == "<|im_start|>user\n47+38<|im_end|>\n<|im_start|>assistant\n"
-    )
+    assert tokenizer.decode(chat_ids(tokenizer, "47+38")) == "<|im_start|>user\n47+38<|im_end|>\n<|im_start|>assistant\n"

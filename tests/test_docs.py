@@ -1,6 +1,7 @@
 """What docs/ says is true: quoted lines stand where it says, commands print what it shows, the exercises' patches work.
 
-After an edit of the code, `python tests/test_docs.py` puts the line numbers of docs/equations.md right.
+After an edit of the code, `python tests/test_docs.py` puts right the line numbers of docs/equations.md, the lengths of the files
+in docs/reading.md and the length of the core in README.md.
 """
 
 import os
@@ -14,17 +15,36 @@ from contextlib import redirect_stdout
 from dataclasses import fields
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it has no conftest.py
+
+from tasks import world
+from tasks.data import chat_ids
+from tasks.tiny import ASSET
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+FOLDERS = ("engine", "tasks", "experiments")
 PAGES = {p.name: p.read_text() for p in sorted(DOCS.glob("*.md"))}
-QUOTED = re.compile(
-    r"\[`(\w+\.py):\d+`\]\(\.\./\w+\.py#L\d+\) \| `(.+?)` \|"
-)  # [`ema.py:54`](../ema.py#L54) | `code` |
+READMES = {f"{name}/README.md": (ROOT / name / "README.md").read_text() for name in FOLDERS}
+ALL = PAGES | READMES | {name: (ROOT / name).read_text() for name in ("README.md", "CHANGELOG.md")}
+MODULES = {p.stem: p.read_text() for p in (*ROOT.glob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).glob("*.py")))}
+CORE = ("losses", "agreement", "ema", "unisd")
+# [`ema.py:54`](../ema.py#L54) | `code` |
+QUOTED = re.compile(r"\[`((?:\w+/)?\w+\.py):\d+`\]\(\.\./(?:\w+/)?\w+\.py#L\d+\) \| `(.+?)` \|")
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-each = pytest.mark.parametrize("page", PAGES)
+each = pytest.mark.parametrize("page", ALL)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    """The embedded model by transformers alone: .model, .tokenizer."""
+    return SimpleNamespace(model=AutoModelForCausalLM.from_pretrained(ASSET).eval(), tokenizer=AutoTokenizer.from_pretrained(ASSET))
 
 
 def outside_code(text):
@@ -43,28 +63,79 @@ def anchors(path):
 # --- links and names -------------------------------------------------------------------------------------------------
 
 
+def folder_of(page):
+    return DOCS if page in PAGES else (ROOT / page).parent
+
+
 @each
 def test_every_link_leads_somewhere(page):
-    for target, _, place in (t.partition("#") for t in re.findall(r"\]\((?!http)([^)]+)\)", outside_code(PAGES[page]))):
-        path = DOCS / (target or page)
+    for target, _, place in (t.partition("#") for t in re.findall(r"\]\((?!http)([^)]+)\)", outside_code(ALL[page]))):
+        path = folder_of(page) / (target or Path(page).name)
         assert path.exists(), f"{page}: {target}"
         if path.suffix == ".md" and place:
             assert place in anchors(path), f"{page}: {target}#{place} is no heading; there are {sorted(anchors(path))}"
 
 
 @each
+def test_every_page_can_be_found(page):
+    """From the README, or from a page that the README links."""
+    if page in PAGES:
+        linked = "".join(text for name, text in ALL.items() if name != page)
+        assert re.search(rf"\]\((?:docs/|\.\./docs/)?{re.escape(page)}[#)]", linked), f"no page links {page}"
+
+
+@each
 def test_every_named_function_and_test_exists(page):
-    text = outside_code(PAGES[page])
-    modules = {p.stem: p.read_text() for p in ROOT.glob("*.py")}
+    text = outside_code(ALL[page])
     for module, name in re.findall(r"`(\w+)\.([A-Za-z_]\w*)(?:\.\w+)?`", text):
-        if module in modules and name not in ("py", "json"):
-            assert re.search(rf"^(?:    )?(?:def|class) {name}\b|^{name}\b", modules[module], re.MULTILINE), (
-                module,
-                name,
-            )
+        if page != "CHANGELOG.md" and module in MODULES and name not in ("py", "json", "md", "html"):
+            known = re.search(rf"^(?:    )?(?:def|class) {name}\b|^{name}\b", MODULES[module], re.MULTILINE)
+            assert known, f"{page}: {module}.{name}"
     tests = "\n".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py"))
     for name in set(re.findall(r"`(test_\w+)`", text)):
         assert f"def {name}(" in tests, f"{page}: {name}"
+
+
+@each
+def test_every_named_file_exists(page):
+    """`head.py` in a folder's own README, `engine/head.py` everywhere else, so that a reader finds it."""
+    if page == "CHANGELOG.md":
+        return  # it names what is gone
+    for name in set(re.findall(r"`((?:\w+/)*\w+\.py)`", outside_code(ALL[page]))):
+        if name.startswith(("src/", "scripts/", "trl/")):
+            continue  # a file of another project
+        made = f"+++ b/{name}\n" in ALL[page]  # by a patch of the page
+        assert made or (ROOT / name).exists() or (folder_of(page) / name).exists(), f"{page}: {name}"
+
+
+@each
+def test_no_placeholder_is_left(page):
+    assert not re.findall(r"@[A-Z_]+@", ALL[page]), page
+
+
+# --- lengths ----------------------------------------------------------------------------------------------------------
+
+LENGTH = re.compile(r"\| `((?:\w+/)?\w+\.py)` \| (\d+) \|")
+CORE_LENGTH = re.compile(r"a core of (\d+) lines")
+
+
+def length(path):
+    return (ROOT / path).read_text().count("\n")
+
+
+def about(said, actual):
+    return abs(actual - int(said)) <= max(5, 0.1 * actual)
+
+
+@pytest.mark.parametrize(("name", "lines"), LENGTH.findall(PAGES["reading.md"]))
+def test_line_counts_are_about_right(name, lines):
+    assert about(lines, length(name)), f"{name} has {length(name)} lines, docs/reading.md says {lines}"
+
+
+def test_every_file_in_sight_is_in_the_reading_order_and_the_core_is_as_long_as_the_readme_says():
+    assert {p.name for p in ROOT.glob("*.py")} == {name for name, _ in LENGTH.findall(PAGES["reading.md"])}
+    (said,) = CORE_LENGTH.findall(ALL["README.md"])
+    assert about(said, sum(length(f"{name}.py") for name in CORE)), "run: python tests/test_docs.py"
 
 
 # --- equations -------------------------------------------------------------------------------------------------------
@@ -105,9 +176,7 @@ def same(got, shown):
     number = r"-?\d+(?:\.\d+)?"
     assert re.sub(number, "#", got) == re.sub(number, "#", shown), f"{got}\n  shown is\n{shown}"
     for a, b in zip(re.findall(number, got), re.findall(number, shown), strict=True):
-        assert abs(float(a) - float(b)) <= 2.1 * 10 ** -len(b.partition(".")[2]) * ("." in b), (
-            f"{got}\n  shown is\n{shown}"
-        )
+        assert abs(float(a) - float(b)) <= 2.1 * 10 ** -len(b.partition(".")[2]) * ("." in b), f"{got}\n  shown is\n{shown}"
 
 
 @pytest.mark.parametrize(("command", "output"), SHOWN, ids=range(1, len(SHOWN) + 1))
@@ -177,10 +246,10 @@ def test_the_glossary_is_in_order_and_says_where():
 EXERCISES = re.split(r"^## ", PAGES["exercises.md"], flags=re.MULTILINE)[1:]
 
 
-def test_the_exercises_patches_apply_alone_and_together_and_their_tests_pass(tmp_path):
-    """Each patch fits the code as it is; all of them in one copy (they do not touch), one pytest for all their tests."""
+def patched(tmp_path):
+    """A copy of the project with all patches in it. Each must fit the code as it is, and they must not touch. -> their tests"""
     env = ENV | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}  # a repository further up is none of ours
-    leave = shutil.ignore_patterns(".*", "__pycache__", "runs", "results", "notebooks", "docs", "golden", "fixtures")
+    leave = shutil.ignore_patterns(".*", "__pycache__", "runs", "results", "notebooks", "golden", "fixtures")
     shutil.copytree(ROOT, tmp_path / "copy", ignore=leave)
     patches, tests = [], []
     for exercise in EXERCISES:
@@ -191,15 +260,8 @@ def test_the_exercises_patches_apply_alone_and_together_and_their_tests_pass(tmp
         patches.append((title, diff))
 
     def apply(diff, *how):
-        return subprocess.run(
-            ["git", "apply", *how],
-            input=diff,
-            cwd=tmp_path / "copy",
-            env=env,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        how = dict(args=["git", "apply", *how], cwd=tmp_path / "copy", env=env)
+        return subprocess.run(**how, input=diff, capture_output=True, text=True, check=False)
 
     for title, diff in patches:
         done = apply(diff, "--check")
@@ -208,8 +270,18 @@ def test_the_exercises_patches_apply_alone_and_together_and_their_tests_pass(tmp
         before = {p: p.read_bytes() for p in (tmp_path / "copy").rglob("*.py")}
         done = apply(diff)
         assert done.returncode == 0 and any(p.read_bytes() != b for p, b in before.items()), f"{title}: {done.stderr}"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(command, cwd=tmp_path / "copy", env=env, capture_output=True, text=True, check=False)
+    return tests
+
+
+def test_the_exercises_patches_apply_alone_and_together(tmp_path):
+    assert len(patched(tmp_path)) >= len(EXERCISES) >= 4
+
+
+@pytest.mark.slow
+def test_the_exercises_tests_pass_with_all_patches(tmp_path):
+    """All patches in one copy, one pytest for all their tests."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *patched(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path / "copy", env=ENV, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
@@ -217,19 +289,40 @@ def test_the_exercises_patches_apply_alone_and_together_and_their_tests_pass(tmp
 
 
 def test_figures_are_small_shown_and_drawn_by_break_it():
-    shown = re.findall(r"!\[(.+?)\]\(figures/(\w+)\.png\)", PAGES["troubleshooting.md"])
+    shown = [(page, *found) for page in ALL for found in re.findall(r"!\[(.+?)\]\((?:docs/)?figures/(\w[\w-]*)\.png\)", ALL[page])]
+    shown = [(page, text, name) for page, text, name in shown if (DOCS / "figures" / f"{name}.png").exists()]
     files = {p.stem: p.read_bytes() for p in (DOCS / "figures").glob("*.png")}
-    assert {name for _, name in shown} == files.keys() and len(shown) == len(files)
-    script = (DOCS / "break_it.py").read_text()
-    for text, name in shown:
+    assert {name for _, _, name in shown} == files.keys() and len(shown) == len(files)
+    for page, text, name in shown:
         assert len(text) > 40, f"{name}: the text for those who cannot see it"
         assert len(files[name]) <= 60_000 and struct.unpack(">I", files[name][16:20])[0] >= 400
-        assert f'"{name}"' in script, f"{name}.png is drawn by nobody"
+        drawn = {"README.md": "idea", "troubleshooting.md": "break_it"}.get(page)  # that of explain.md is a browser's
+        assert not drawn or re.search(rf"\b{name}\b", MODULES[drawn]), f"{name}.png is drawn by nobody"
 
 
-def test_what_break_it_breaks_is_in_the_table(monkeypatch):
+def test_what_the_picture_says_is_what_the_model_says(lm):
+    """The answer in docs/figures/idea.png is the untouched model's, and so are the words and probabilities of its readings."""
+    from experiments import idea
+
+    def rows(prompt, answer):  # -> probabilities of the token after each token of the answer, the prompt's last included
+        ids = chat_ids(lm.tokenizer, prompt)
+        tokens = torch.tensor([ids + lm.tokenizer(answer, add_special_tokens=False)["input_ids"]])
+        with torch.no_grad():
+            return tokens[0, len(ids) :], lm.model(tokens).logits[0, len(ids) - 1 :].softmax(-1)
+
+    example = next(e for e in world.load(200, 1).train if e.question == idea.QUESTION)
+    ids, said = rows(idea.QUESTION, f"{idea.START} {idea.ANSWER}")
+    assert said[:-1].argmax(-1).tolist() == ids.tolist()  # greedy
+    for name, _, prompt, word, p, _ in idea.READINGS:
+        assert prompt.endswith(idea.QUESTION) == (name == "student")
+        best = rows(prompt, idea.START)[1][-1].max(0)
+        assert lm.tokenizer.decode(best.indices).strip() == word, name
+        assert abs(best.values.item() - p) < 0.02, f"{name}: {word} {best.values.item():.3f}"
+    assert [word for *_, word, _, _ in idea.READINGS] == [idea.ANSWER, *2 * [example.reference], example.negative]
+
+
+def test_what_break_it_breaks_is_in_the_table():
     """Every run of the script is a row, and every setting of it is a flag there."""
-    monkeypatch.setattr(sys, "path", [str(DOCS), str(ROOT), *sys.path])
     from experiments.break_it import RUNS
 
     table = PAGES["troubleshooting.md"].split("\n## ")[0]
@@ -243,3 +336,7 @@ def test_what_break_it_breaks_is_in_the_table(monkeypatch):
 
 if __name__ == "__main__":
     (DOCS / "equations.md").write_text(refreshed(PAGES["equations.md"]))
+    lengths = LENGTH.sub(lambda row: f"| `{row[1]}` | {length(row[1])} |", PAGES["reading.md"])
+    (DOCS / "reading.md").write_text(lengths)
+    core = f"a core of {sum(length(f'{name}.py') for name in CORE)} lines"
+    (ROOT / "README.md").write_text(CORE_LENGTH.sub(core, ALL["README.md"]))

@@ -15,9 +15,7 @@ def test_one_checkpoint_and_its_base(tmp_path, capsys):
     argv = ["--model", str(TINY), "--base", "tiny", "--size", "3", "--device", "cpu", "--out", str(out)]
     assert command.main(argv) == 0
     text = capsys.readouterr().out
-    assert (
-        "| family | base | alone | with reference |" in text and "jsd_to_base 0.0000" in text and "+0.0 points" in text
-    )
+    assert "| family | base | alone | with reference |" in text and "jsd_to_base 0.0000" in text and "+0.0 points" in text
     (report,) = json.loads((out / "eval.json").read_text())
     assert report["model"]["alone"]["n"] == 15 and report["paired"]["wins"] == 0
     assert (out / "eval.png").stat().st_size > 5000 and (out / "eval.md").read_text().strip() == text.strip()
@@ -35,20 +33,7 @@ def test_several_tasks_make_the_papers_table(tmp_path, capsys, monkeypatch):
         return Task(name, [], small.test, world.score, ood, world.WORDING, 40), {}
 
     monkeypatch.setattr(command, "load_task", fake)
-    argv = [
-        "--model",
-        "tiny",
-        "--base",
-        "tiny",
-        "--task",
-        "all",
-        "--size",
-        "2",
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path),
-    ]
+    argv = ["--model", "tiny", "--base", "tiny", "--task", "all", "--size", "2", "--device", "cpu", "--out", str(tmp_path)]
     assert command.main(argv) == 0
     captured = capsys.readouterr()
     lines = captured.out.splitlines()

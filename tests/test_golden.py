@@ -108,10 +108,7 @@ BROKEN = {
         "def forward_kl(student, teacher): return losses.reverse_kl(student, teacher)",
         ("forward_kl", "two ordinary distributions: the direction", "value at [0, 0]: expected"),
     ),
-    "-inf not replaced": (
-        "def kl(p, q): return (p.exp() * (p - q)).sum(-1)",
-        ("kl", "tokens that p rules out", "got nan"),
-    ),
+    "-inf not replaced": ("def kl(p, q): return (p.exp() * (p - q)).sum(-1)", ("kl", "tokens that p rules out", "got nan")),
     "alpha as the student's share": (
         "def jsd(student, teacher, alpha): return losses.jsd(teacher, student, alpha)",
         ("jsd", "alpha 0.01: the teacher's share", "value at [0, 0]: expected"),
@@ -312,14 +309,9 @@ def test_the_folder_needs_numpy_and_nothing_else_of_the_repository(tmp_path):
     for path in [GOLDEN / "check.py", *GOLDEN.glob("*.json")]:
         shutil.copy(path, tmp_path)
     write_port(
-        tmp_path,
-        "port",
-        "def entropy(l): return -(np.exp(l) * np.where(l > -np.inf, l, 0)).sum(-1)",
-        "import numpy as np\n",
+        tmp_path, "port", "def entropy(l): return -(np.exp(l) * np.where(l > -np.inf, l, 0)).sum(-1)", "import numpy as np\n"
     )
-    run = lambda *argv: subprocess.run(
-        [sys.executable, "check.py", *argv], cwd=tmp_path, capture_output=True, text=True
-    )
+    run = lambda *argv: subprocess.run([sys.executable, "check.py", *argv], cwd=tmp_path, capture_output=True, text=True)
     good, bad = run("port"), run("port:entropy=token_logps")
     assert (good.returncode, good.stdout[:17]) == (0, "ok   entropy: 3 c"), good.stderr
     assert bad.returncode == 1 and bad.stdout.startswith("FAIL token_logps: case 'the written token")
@@ -346,6 +338,7 @@ sys.exit(failed)
 """
 
 
+@pytest.mark.slow
 def test_the_jax_port_passes_and_compiles():
     pytest.importorskip("jax")
     quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}

@@ -47,9 +47,7 @@ def test_every_kind_of_line(tmp_path):
         line("word", answer="Oslo"),
         line("other word", answer="Lima", context=None),
         dict(question="double", reference=GOOD, tests=TESTS),
-        dict(
-            question="thrice", reference="So:\n" + fenced("def g(x):\n    return 3 * x\n"), tests=["assert g(1) == 3"]
-        ),
+        dict(question="thrice", reference="So:\n" + fenced("def g(x):\n    return 3 * x\n"), tests=["assert g(1) == 3"]),
         line("unscored", context="Read this first."),
         dict(question="ended", reference="It is so.\nAnswer: Nice", answer="Nice"),
     )
@@ -59,9 +57,7 @@ def test_every_kind_of_line(tmp_path):
     assert e["index"].answer["letter"] == "D" and e["option"].answer["letter"] == "B"
     assert e["letter"].reference == "Because it is so.\n\nAnswer: C" and "C. Nice" in e["letter"].question
     assert e["number"].answer == {"kind": "number", "value": "1200", "mark": "Answer:"}
-    assert e["word"].reference == "Because it is so.\n\nAnswer: Oslo" and e["ended"].reference.endswith(
-        "so.\nAnswer: Nice"
-    )
+    assert e["word"].reference == "Because it is so.\n\nAnswer: Oslo" and e["ended"].reference.endswith("so.\nAnswer: Nice")
     assert e["double"].reference == f"```python\n{GOOD.strip()}\n```" and e["double"].answer["entry"] == "f"
     assert e["thrice"].reference.startswith("So:\n```python") and "def g(x):" in e["thrice"].question
     assert e["Context: Read this first."].answer is None
@@ -69,9 +65,7 @@ def test_every_kind_of_line(tmp_path):
     assert "not scored" in manifest["note"]
     assert (manifest["train"], manifest["test"]) == (8, 3) and manifest["bad_lines"] == {} and task.name == "mine"
     scored = [x for x in task.train + task.test if x.answer]
-    assert all(
-        r["correct"] and r["strict"] for r in task.score(scored, [x.reference for x in scored]) if "reason" not in r
-    )
+    assert all(r["correct"] and r["strict"] for r in task.score(scored, [x.reference for x in scored]) if "reason" not in r)
     assert all(r["correct"] for r in task.score(scored, [x.reference for x in scored]))
     assert not any(r["correct"] for r in task.score(scored, [x.negative for x in scored]))
     json.dumps(manifest)
@@ -106,10 +100,7 @@ BAD_LINES = [
     (line("q", negative=3), "field 'negative' must be a text, but is of type int"),
     (line("q", split="dev"), "field 'split' must be"),
     ('{"question": "q\\ud800", "reference": "r"}', "surrogate"),
-    (
-        dict(question="q", reference="Answer: Lima", answer="Oslo"),
-        "the reference ends in 'Answer: Lima', which is not the answer",
-    ),
+    (dict(question="q", reference="Answer: Lima", answer="Oslo"), "the reference ends in 'Answer: Lima', which is not the answer"),
     ("[" * 100000, "not JSON"),
 ]
 
@@ -159,9 +150,7 @@ def test_the_split(tmp_path):
     asked = [int(e.question.split("\n")[0][1:]) for e in a.train]
     assert asked[: len(set(asked))] == sorted(set(asked))  # the order of the file
 
-    path = write(
-        tmp_path, *(dict(x, split="test" if i in (2, 5) else "train") for i, x in enumerate(lines[:9])), lines[9]
-    )
+    path = write(tmp_path, *(dict(x, split="test" if i in (2, 5) else "train") for i, x in enumerate(lines[:9])), lines[9])
     task, manifest = load_jsonl(path)
     assert [e.question.split("\n")[0] for e in task.test] == ["q2", "q5"] and manifest["train"] == 8
 

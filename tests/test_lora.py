@@ -16,9 +16,7 @@ from engine.rollout import load
 
 peft = pytest.importorskip("peft")
 CPU = torch.device("cpu")
-FAST = dict(
-    batch=6, micro_batch=3, eval_size=1, train_size=60, teacher_every=0, save_every=2, lora_rank=4, lora_alpha=8
-)
+FAST = dict(batch=6, micro_batch=3, eval_size=1, train_size=60, teacher_every=0, save_every=2, lora_rank=4, lora_alpha=8)
 
 
 def logits(model):
@@ -108,9 +106,7 @@ def test_resume_is_exact_with_factors_and_dropout(tmp_path):
     train.main(run_b)
     a, b = (load(str(tmp_path / x), CPU).model.state_dict() for x in "ab")
     assert all((a[n] == b[n]).all() for n in a)
-    drop = lambda p: [
-        {k: v for k, v in json.loads(x).items() if k[:2] != "s_"} for x in Path(p).read_text().splitlines()
-    ]
+    drop = lambda p: [{k: v for k, v in json.loads(x).items() if k[:2] != "s_"} for x in Path(p).read_text().splitlines()]
     assert drop(tmp_path / "a/log.jsonl") == drop(tmp_path / "b/log.jsonl")
 
 
@@ -127,9 +123,7 @@ def test_training_goes_on_from_a_loaded_adapter(tmp_path):
     """Its factors become part of the weights: what is trained next starts from there, never from the bare base."""
     train.main(make("sft", out=str(tmp_path / "a"), steps=3, lr=1e-2, **FAST))
     first = load(str(tmp_path / "a"), CPU)
-    run = train.start(
-        make("sd", model=str(tmp_path / "a"), preset="tiny", out=str(tmp_path), steps=1, **FAST), tmp_path
-    )
+    run = train.start(make("sd", model=str(tmp_path / "a"), preset="tiny", out=str(tmp_path), steps=1, **FAST), tmp_path)
     assert_close(logits(run.lm.model), logits(first.model), rtol=1e-4, atol=1e-4)
     with run.teacher() as teacher:
         assert_close(logits(teacher), logits(first.model), rtol=1e-4, atol=1e-4)

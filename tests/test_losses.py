@@ -174,9 +174,7 @@ def test_top_k_with_tail_is_a_divergence_below_the_full_one_and_equal_at_k_v(div
     for k in (1, 3, 6, 11):
         bs, bt = losses.top_k_with_tail(s, t, k)
         assert bs.shape == (40, k + 1)
-        assert_close(
-            bs.exp().sum(-1), torch.ones(40, dtype=torch.float64)
-        )  # a distribution: without the tail it would not be
+        assert_close(bs.exp().sum(-1), torch.ones(40, dtype=torch.float64))  # a distribution: without the tail it would not be
         value = divergence(bs, bt)
         assert (value >= before - 1e-12).all() and (value <= full + 1e-12).all()
         before = value
@@ -210,9 +208,7 @@ def test_the_sampled_estimator_is_right_on_average_in_value_and_gradient():
     assert_close(estimate.detach(), losses.reverse_kl(student, teacher).sum().detach())
     (average,) = torch.autograd.grad(estimate, logits)
     assert_close(average, full)
-    naive = (
-        p * (logits.log_softmax(-1) - teacher)
-    ).sum()  # the gradient of the value itself has expectation 0: it teaches nothing
+    naive = (p * (logits.log_softmax(-1) - teacher)).sum()  # the gradient of the value itself has expectation 0: it teaches nothing
     assert torch.autograd.grad(naive, logits)[0].abs().max() < 1e-12
 
 
@@ -229,9 +225,7 @@ def test_the_push_on_a_token_that_the_student_never_says():
     assert pushes["forward_kl"] == pytest.approx(0.80 - 0.01)
     full = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
     assert full == pytest.approx(2.13, abs=0.005) and math.log(0.80 / 0.01) == pytest.approx(4.38, abs=0.005)
-    assert (
-        pushes["reverse_kl"] == pytest.approx(0.01 * (full + math.log(0.80 / 0.01))) == pytest.approx(0.065, abs=1e-3)
-    )
+    assert pushes["reverse_kl"] == pytest.approx(0.01 * (full + math.log(0.80 / 0.01))) == pytest.approx(0.065, abs=1e-3)
 
 
 def test_cross_entropy_is_the_forward_kl_to_a_teacher_that_is_sure():

@@ -25,9 +25,7 @@ def test_wilson_by_hand():
 def test_drift_of_a_model_from_itself_is_zero_and_grows_with_noise():
     task, base = world.load(100, 4), load("tiny", CPU)
     same = metrics.drift(load("tiny", CPU), base, task, task.test)
-    assert same["jsd_to_base"] == pytest.approx(0, abs=1e-6) and same["retention_ppl"] == pytest.approx(
-        same["reverse_ppl"]
-    )
+    assert same["jsd_to_base"] == pytest.approx(0, abs=1e-6) and same["retention_ppl"] == pytest.approx(same["reverse_ppl"])
     noisy = load("tiny", CPU)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -50,9 +48,7 @@ def test_perplexity_and_jsd_equal_the_plain_formulas(monkeypatch):
     ppl, jsds = [], []
     for p, y in zip(prompts, answers, strict=True):
         with torch.no_grad():
-            la, lb = (
-                m.model(input_ids=torch.tensor([p + y])).logits[0, len(p) - 1 : -1].log_softmax(-1) for m in (a, b)
-            )
+            la, lb = (m.model(input_ids=torch.tensor([p + y])).logits[0, len(p) - 1 : -1].log_softmax(-1) for m in (a, b))
         ppl.append(losses.token_logps(la, torch.tensor(y)))
         jsds.append(losses.jsd(la, lb, 0.5))
     monkeypatch.setattr(metrics, "CHUNK", 3)

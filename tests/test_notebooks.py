@@ -44,10 +44,10 @@ def shape(cell):
 
 
 def public_functions():
-    """name -> the file it is defined in, over all top-level files."""
+    """name -> the file it is defined in, over the top-level files, engine and tasks."""
     return {
         node.name: file.name
-        for file in ROOT.glob("*.py")
+        for file in [*ROOT.glob("*.py"), *(p for d in ("engine", "tasks") for p in (ROOT / d).glob("*.py"))]
         for node in ast.parse(file.read_text()).body
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
     }
@@ -134,9 +134,7 @@ def test_its_outputs_are_there_and_clean(path):
             assert output.output_type != "error"
             for text in texts(output):
                 assert not re.search(r"(?<![\w.])/(work|tmp|home|root|Users|opt|usr|mnt)/", text), text[:300]
-    assert [c.execution_count for c in cells(path)] == list(range(1, len(cells(path)) + 1)), (
-        "not run from top to bottom"
-    )
+    assert [c.execution_count for c in cells(path)] == list(range(1, len(cells(path)) + 1)), "not run from top to bottom"
 
 
 @each
@@ -150,13 +148,12 @@ def test_it_has_exercises_with_hidden_solutions(path):
 def test_it_defines_no_function_that_a_file_has(path):
     """Copies drift. Notebook 7 is the exception: writing the functions again, in NumPy, is its subject."""
     ours = public_functions()
-    defined = {
-        node.name for c in cells(path) for node in ast.parse(plain(c.source)).body if isinstance(node, ast.FunctionDef)
-    }
+    defined = {node.name for c in cells(path) for node in ast.parse(plain(c.source)).body if isinstance(node, ast.FunctionDef)}
     if not path.stem.startswith("07"):
         assert not defined & ours.keys(), {name: ours[name] for name in defined & ours.keys()}
 
 
+@pytest.mark.slow
 @each
 def test_it_runs_and_makes_as_many_outputs_as_are_committed(path, executed):
     """Numbers may differ in their last digits from one machine to another; what a cell shows may not."""
@@ -168,5 +165,6 @@ def test_it_runs_and_makes_as_many_outputs_as_are_committed(path, executed):
         assert shape(ours) == shape(theirs), f"committed and again differ: {ours.source[:80]}"
 
 
+@pytest.mark.slow
 def test_running_them_writes_nothing_into_the_project(executed):
     assert executed[1] == []

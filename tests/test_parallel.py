@@ -77,12 +77,14 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("a", "b"), [("one", "two"), ("one", "sharded"), ("one-sft", "two-sft")])
 def test_two_processes_equal_one(runs, a, b):
     """On-policy too, with quantiles, a budget and an EMA that moves: everything a step must know as a whole."""
     nearly_equal(runs / a, runs / b)
 
 
+@pytest.mark.slow
 def test_one_process_writes_and_prints(runs):
     assert sorted(p.name for p in (runs / "two").iterdir()) == sorted(p.name for p in (runs / "one").iterdir())
     summaries = [json.loads((runs / n / "summary.json").read_text()) for n in ("one", "two", "sharded")]
@@ -98,11 +100,7 @@ def children(pid):
 def killed_after(out, rows, *more):
     """A run of two processes, one of which is killed once the log has that many rows. -> exit code, seconds, its stderr."""
     both = subprocess.Popen(
-        command(2, out, "--save-every", "1", *more),
-        env=ENV,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+        command(2, out, "--save-every", "1", *more), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     deadline = time.time() + 200
     while not ((out / "log.jsonl").exists() and len(log_lines(out)) >= rows):
@@ -119,6 +117,7 @@ def log_lines(out):
     return [x for x in (out / "log.jsonl").read_text().splitlines() if x.endswith("}")]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc to find the process to kill")
 def test_a_lost_process_ends_the_run_and_another_number_goes_on(runs, tmp_path):
     code, seconds, told = killed_after(tmp_path / "lost", 3, *EVERYTHING)
@@ -141,12 +140,11 @@ def stopped(processes, out, steps, *more):
     script = out.with_suffix(".py")
     script.write_text(driver)
     argv = [script if a == str(ROOT / "train.py") else a for a in command(processes, out, "--save-every", "1", *more)]
-    done = subprocess.run(
-        argv, env=ENV | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, cwd=ROOT
-    )
+    done = subprocess.run(argv, env=ENV | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "then", "like", "exact"),
     [

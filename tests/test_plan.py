@@ -66,12 +66,11 @@ def test_a_local_folder_is_measured():
 
 SHAPES = {
     "wide": dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, vocab_size=8000),
-    "many words": dict(
-        hidden_size=128, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4, vocab_size=30000
-    ),
+    "many words": dict(hidden_size=128, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4, vocab_size=30000),
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("recipe", ["sft", "sd", "unisd-star"])
 def test_the_memory_formula_against_a_measured_step(shape, recipe, monkeypatch):

@@ -59,18 +59,14 @@ def test_the_padded_table_loads_and_ends_are_all_there(shaped):
 def test_a_benchmark_trains_end_to_end(data, recipe, more, shaped, tmp_path):
     if "lora_rank" in more:
         pytest.importorskip("peft")
-    summary = train.main(
-        make(recipe, model=shaped, data=data, out=str(tmp_path), **(FAST | dict(contexts=2, ema_every=1) | more))
-    )
+    summary = train.main(make(recipe, model=shaped, data=data, out=str(tmp_path), **(FAST | dict(contexts=2, ema_every=1) | more)))
     assert summary["steps"] == 2 and summary["model"] == shaped
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["data"] == data and manifest["fingerprint"] == summary["data"]
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
     if data in ("scienceqa", "mbpp"):
         assert set(summary["ood"]["after"]["by_task"]) == {"gpqa" if data == "scienceqa" else "humaneval"}
-    saved = (
-        json.loads((tmp_path / "generation_config.json").read_text()) if not more.get("lora_rank") else {"top_k": 20}
-    )
+    saved = json.loads((tmp_path / "generation_config.json").read_text()) if not more.get("lora_rank") else {"top_k": 20}
     assert saved["top_k"] == 20  # the hub's own defaults are given back, not overwritten by ours
     again = load(str(tmp_path), CPU)
     assert again.vocab + 64 == again.model.get_input_embeddings().weight.shape[0]
@@ -90,10 +86,7 @@ def test_every_recipe_gets_the_same_examples_in_the_same_order():
 
 
 def test_short_names_are_the_instruct_models():
-    assert (
-        SHORT["Qwen2.5-0.5B"] == "Qwen/Qwen2.5-0.5B-Instruct"
-        and SHORT["Llama-3.1-8B"] == "meta-llama/Llama-3.1-8B-Instruct"
-    )
+    assert SHORT["Qwen2.5-0.5B"] == "Qwen/Qwen2.5-0.5B-Instruct" and SHORT["Llama-3.1-8B"] == "meta-llama/Llama-3.1-8B-Instruct"
     assert SHORT["gemma-3-4b"] == "google/gemma-3-4b-it" and {"Qwen2.5-1.5B", "Qwen2.5-3B", "Qwen2.5-7B"} <= set(SHORT)
 
 

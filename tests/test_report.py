@@ -111,9 +111,7 @@ def test_a_page_from_nothing_and_from_little(tmp_path):
     assert report.write(tmp_path) == ["curves-clean"] and not (tmp_path / "figures/cost.png").exists()
     page = (tmp_path / "claims.md").read_text()
     verdicts = re.findall(r"\*\*(.*?)\*\* \|", page)
-    assert (
-        verdicts == ["cannot tell"] * 16 and "ema − agree-token" not in page and "`ema` − agree-token missing" in page
-    )
+    assert verdicts == ["cannot tell"] * 16 and "ema − agree-token" not in page and "`ema` − agree-token missing" in page
     assert "## clean" in page and "## hot" not in page  # no claim about hot has a single number
 
 
@@ -182,9 +180,7 @@ def test_names_cover_neither_each_other_nor_leave_the_axes(study_of_ours):
                     boxes.append(plt.Text.get_window_extent(text))
                     assert axis.bbox.padded(1).contains(*boxes[-1].min) and axis.bbox.padded(1).contains(*boxes[-1].max)
     plt.close(figure)
-    assert sorted(names) == sorted(
-        f"{n} (3)" for n in found["clean"] if n[:8] not in ("star-no-", "budget-2") or n == "budget-25"
-    )
+    assert sorted(names) == sorted(f"{n} (3)" for n in found["clean"] if n[:8] not in ("star-no-", "budget-2") or n == "budget-25")
     assert not [1 for a, b in itertools.combinations(boxes, 2) if a.shrunk(0.96, 0.8).overlaps(b.shrunk(0.96, 0.8))]
 
 
@@ -196,7 +192,5 @@ def test_curves_use_the_steps_that_most_seeds_measured(tmp_path):
         figure = report.curves(study.read(tmp_path), "clean")
     lines = {line.get_label(): line for line in figure.axes[0].lines}
     assert set(lines) == {"sd (2)", "sft (3)"}
-    assert list(lines["sd (2)"].get_xdata()) == [1, 8] and lines["sd (2)"].get_ydata()[-1] == pytest.approx(
-        80.5 - 1 / 8
-    )
+    assert list(lines["sd (2)"].get_xdata()) == [1, 8] and lines["sd (2)"].get_ydata()[-1] == pytest.approx(80.5 - 1 / 8)
     plt.close(figure)

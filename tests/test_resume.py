@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = (
-    "--recipe unisd-star --steps 16 --batch 6 --micro-batch 3 --eval-size 2 --train-size 100 --ema-every 2 "
+    "--recipe unisd-star --steps 20 --batch 6 --micro-batch 3 --eval-size 2 --train-size 100 --ema-every 2 "
     "--save-every 3 --teacher-every 5 --device cpu --sample-every 0"
 ).split()
 
@@ -51,9 +51,7 @@ def straight(tmp_path_factory):
 def assert_same(out, straight):
     rows, weights = result(out)
     pairs = zip(rows, straight[0], strict=True)
-    assert not [
-        (a["step"], k, a.get(k), b.get(k)) for a, b in pairs for k in a.keys() | b.keys() if a.get(k) != b.get(k)
-    ]
+    assert not [(a["step"], k, a.get(k), b.get(k)) for a, b in pairs for k in a.keys() | b.keys() if a.get(k) != b.get(k)]
     assert all((weights[n] == straight[1][n]).all() for n in weights)
 
 
@@ -62,6 +60,19 @@ def wait_for(out, process, steps):
         time.sleep(0.01)
 
 
+def test_killed_once_and_resumed_it_is_the_run_that_was_never_killed(tmp_path, straight):
+    """A real SIGKILL, somewhere after the first checkpoint; the quick one of its kind."""
+    process = start(tmp_path / "o")
+    wait_for(tmp_path / "o", process, 8)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert steps_done(tmp_path / "o") < 20
+    process = start(tmp_path / "o", "--resume")
+    assert process.wait() == 0, process.stdout.read()
+    assert_same(tmp_path / "o", straight)
+
+
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path, straight):
     """Three kills at random steps plus a random delay: in sampling, in the update, or in the middle of writing a
     checkpoint.
@@ -83,6 +94,7 @@ def test_killed_at_random_moments(tmp_path, straight):
     assert not list(out.glob(".writing*"))
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, straight):
     out = tmp_path / "o"
     process = start(out)
@@ -95,7 +107,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, straight):
     text, _ = process.communicate()
     assert process.returncode == 130 and f"python train.py --out {out} --resume" in text
     done = steps_done(out)
-    assert 4 <= done < 16 and (out / f"checkpoint-{done}" / "state.pt").exists()
+    assert 4 <= done < 20 and (out / f"checkpoint-{done}" / "state.pt").exists()
     process = start(out, "--resume")
     assert process.wait() == 0
     assert_same(out, straight)

@@ -10,9 +10,10 @@ from conftest import ROWS, VOCAB, small_model
 from torch.testing import assert_close
 
 from engine import rollout
-from engine.reading import head_of, read, sampled_logps
+from engine.head import head_of, sampled_logps
 from engine.rollout import TINY, Loaded, completion_mask, decode, end_ids, generate, left_pad, load, turn_end
 from tasks.data import chat_ids
+from unisd import read
 
 CPU = torch.device("cpu")
 
@@ -55,9 +56,7 @@ def test_greedy_answers_equal_a_loop_without_cache_or_padding():
 
 
 def test_batch_size_and_neighbours_do_not_matter(tiny):
-    prompts = [
-        chat_ids(tiny.tokenizer, q) for q in ("47+38", "where is lamp: mill A, cave B, port C", "f: add 3 then times 2")
-    ]
+    prompts = [chat_ids(tiny.tokenizer, q) for q in ("47+38", "where is lamp: mill A, cave B, port C", "f: add 3 then times 2")]
     together, m = generate(tiny, prompts, 40, 0.0)
     for i, p in enumerate(prompts):
         alone, ma = generate(tiny, [p], 40, 0.0)
@@ -167,14 +166,51 @@ def test_scores_do_not_depend_on_the_padding_of_the_sampler(tiny):
     """Answers sampled beside a long prompt are read back with the log-probs the sampler had."""
     prompts = [chat_ids(tiny.tokenizer, q) for q in ("47+38", "tool: fly rome 2 monday and so on and so on")]
     ids, mask = generate(tiny, prompts, 30, 0.0)
-    both = sampled_logps(
-        read(tiny.model, prompts, ids, mask), ids[mask.bool()], head_of(tiny.model, tiny.vocab), 1.0, 64
-    )
+    both = sampled_logps(read(tiny.model, prompts, ids, mask), ids[mask.bool()], head_of(tiny.model, tiny.vocab), 1.0, 64)
     first = sampled_logps(
-        read(tiny.model, prompts[:1], ids[:1], mask[:1]),
-        ids[:1][mask[:1].bool()],
-        head_of(tiny.model, tiny.vocab),
-        1.0,
-        64,
+        read(tiny.model, prompts[:1], ids[:1], mask[:1]), ids[:1][mask[:1].bool()], head_of(tiny.model, tiny.vocab), 1.0, 64
     )
     assert_close(both[: mask[0].sum()], first, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("card", "bf16", "dtype", "told"),
+    [((8, 0), True, "bf16", "weights stay fp32"), ((7, 5), False, "fp16", "not measured"), ((6, 1), False, "fp32", "")],
+)
+def test_the_precision_follows_the_card(monkeypatch, card, bf16, dtype, told):
+    """A T4 (7.5) has no bf16 but fast fp16; an older card has neither."""
+    cuda = torch.cuda
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(cuda, "get_device_name", lambda place: "a card")
+    monkeypatch.setattr(cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(cuda, "get_device_capability", lambda place: card)
+    device, chosen, line = rollout.choose_device("auto", "auto")
+    assert (device.type, chosen) == ("cuda", dtype) and told in line.split("|")[1]
+
+
+def test_apples_gpu_is_taken_only_if_asked_for_and_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for there in (True, False):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=there: there)
+        assert rollout.choose_device("auto", "auto")[:2] == (CPU, "fp32")
+        if there:
+            device, dtype, line = rollout.choose_device("mps", "auto")
+            assert (device.type, dtype) == ("mps", "fp32") and "not measured" in line.split("|")[0]
+    with pytest.raises(ValueError, match="--device mps: .*no Apple GPU; use cpu or auto"):
+        rollout.choose_device("mps", "auto")
+    for device in ("xpu", "mpss"):
+        with pytest.raises(ValueError, match=f"--device {device} .*or mps"):
+            rollout.choose_device(device, "auto")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_matmuls_run_in_the_chosen_precision_on_fp32_weights(tiny, dtype):
+    lm = replace(tiny, dtype=dtype)
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    with torch.no_grad(), lm.autocast():
+        assert torch.nn.functional.linear(torch.ones(2, 4), torch.ones(3, 4)).dtype == kind
+    assert "not measured" not in rollout.choose_device("cpu", "fp32")[2]
+    assert ("not measured" in rollout.choose_device("cpu", dtype)[2]) == (dtype == "fp16")
+    ids, mask = generate(lm, [chat_ids(lm.tokenizer, "47+38")], 30, 0.0)
+    assert decode(lm, ids, mask)[0].split() and next(lm.model.parameters()).dtype == torch.float32

@@ -94,15 +94,14 @@ def test_runs_of_different_length_are_not_mixed_silently(tmp_path):
     assert "Runs of different length ([2, 3] steps)" in study.write(study.read(tmp_path), tmp_path)
 
 
+@pytest.mark.slow
 def test_two_cells_and_again(tmp_path, capsys, monkeypatch):
     fast = "--train --steps 2 --batch 4 --micro-batch 4 --eval-size 1 --train-size 50 --teacher-every 0 --device cpu".split()
     command = ["--recipes", "sft", "sd", "--seeds", "1", "--out", str(tmp_path), *fast]
     invent(tmp_path, "clean", "sft", 5, steps=2, seconds=1e-9)  # of an earlier call
     assert study.main(command) == 0
     cells = json.loads((tmp_path / "cells.json").read_text())
-    assert [(c["setting"], c["row"], c["seed"]) for c in cells] == [("clean", "sft", k) for k in (0, 5)] + [
-        ("clean", "sd", 0)
-    ]
+    assert [(c["setting"], c["row"], c["seed"]) for c in cells] == [("clean", "sft", k) for k in (0, 5)] + [("clean", "sd", 0)]
     shutil.rmtree(tmp_path / "runs")
     assert "| sft |" in (tmp_path / "table.md").read_text()
     assert "cannot tell" in (tmp_path / "claims.md").read_text()
@@ -114,11 +113,9 @@ def test_two_cells_and_again(tmp_path, capsys, monkeypatch):
     assert begun == ["experiments.report"]
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_named_until_it_succeeds(tmp_path, capsys):
-    assert (
-        study.main(["--recipes", "sd", "--seeds", "1", "--out", str(tmp_path), "--train", "--max-new-tokens", "600"])
-        == 1
-    )
+    assert study.main(["--recipes", "sd", "--seeds", "1", "--out", str(tmp_path), "--train", "--max-new-tokens", "600"]) == 1
     assert "failed: sd-seed0" in (tmp_path / "table.md").read_text()
     assert "leaves no room in the model's context" in (tmp_path / "table.md").read_text()
     assert not (tmp_path / "claims.md").exists()  # nothing is finished: nothing to report

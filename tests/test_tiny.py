@@ -38,6 +38,7 @@ def test_it_is_an_ordinary_small_checkpoint(lm):
     assert tok.decode(tok(strange)["input_ids"]) == strange  # any text can be encoded
 
 
+@pytest.mark.slow
 def test_the_script_still_works(tmp_path, capsys):
     tiny.main(["--out", str(tmp_path / "m"), "--steps", "12", "--hidden", "64", "--layers", "1"])
     small = load(str(tmp_path / "m"), torch.device("cpu"))

@@ -35,20 +35,16 @@ def test_every_recipe_trains(recipe, tmp_path):
     rows = rows_of(tmp_path / "o")
     assert [r["step"] for r in rows] == [1, 2, 3]
     assert all(math.isfinite(v) for r in rows for v in r.values())
-    assert {"loss", "entropy", "length", "eos", "weight", "grad_norm", "s_sampling", "s_scoring", "s_update"} <= set(
-        rows[0]
-    ) | {"entropy"}
+    assert {"loss", "entropy", "length", "eos", "weight", "grad_norm", "s_sampling", "s_scoring", "s_update"} <= set(rows[0]) | {
+        "entropy"
+    }
     assert "student_accuracy" in rows[1] and ("teacher_accuracy" in rows[1]) == make(recipe).uses_teacher
     before, after = weights(TINY), weights(tmp_path / "o")
     assert any((before[n] != after[n]).any() for n in before)
     assert AutoTokenizer.from_pretrained(tmp_path / "o").chat_template
-    assert (
-        summary["recipe"] == recipe and summary["steps"] == 3 and (tmp_path / "o" / "curves.png").stat().st_size > 5000
-    )
+    assert summary["recipe"] == recipe and summary["steps"] == 3 and (tmp_path / "o" / "curves.png").stat().st_size > 5000
     assert json.loads((tmp_path / "o" / "summary.json").read_text()) == summary
-    assert {"accuracy", "by_task", "jsd_to_base", "retention_ppl"} <= set(summary["after"]) and summary["after"][
-        "jsd_to_base"
-    ] > 0
+    assert {"accuracy", "by_task", "jsd_to_base", "retention_ppl"} <= set(summary["after"]) and summary["after"]["jsd_to_base"] > 0
     expected = {"div": "w_div", "contrast": "w_contrast", "match": "w_match"}
     cfg = make(recipe)
     assert {k for k in expected if k in rows[0]} == {k for k, w in expected.items() if getattr(cfg, w)}
@@ -64,11 +60,7 @@ def test_raw_only_evaluates(tmp_path):
 
 def test_the_loss_falls_on_one_batch(tmp_path):
     """Twenty steps on six questions: the divergence must shrink, or nothing is learned at all."""
-    train.main(
-        make(
-            "sd", out=str(tmp_path), **(FAST | dict(steps=25, train_size=5, batch=20, micro_batch=20, teacher_every=0))
-        )
-    )
+    train.main(make("sd", out=str(tmp_path), **(FAST | dict(steps=25, train_size=5, batch=20, micro_batch=20, teacher_every=0))))
     rows = rows_of(tmp_path)
     assert sum(r["div"] for r in rows[-5:]) < 0.7 * sum(r["div"] for r in rows[:5])
 
@@ -183,9 +175,7 @@ def test_a_full_disk_is_one_clear_line_and_keeps_the_last_checkpoint(tmp_path, m
     monkeypatch.setattr(checkpoint.torch, "save", full)
     with pytest.raises(checkpoint.DiskFull, match="disk is full"):
         train.main(make("sd", out=str(tmp_path), **(FAST | dict(steps=5, save_every=2))))
-    assert [p.name for p in checkpoint.all_checkpoints(tmp_path)] == ["checkpoint-2"] and not list(
-        tmp_path.glob(".writing*")
-    )
+    assert [p.name for p in checkpoint.all_checkpoints(tmp_path)] == ["checkpoint-2"] and not list(tmp_path.glob(".writing*"))
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
     with pytest.raises(ValueError, match="GB free"):
         train.main(make("sd", out=str(tmp_path / "other"), **FAST))

@@ -65,9 +65,7 @@ class Step:
         batch = self.reader.batch
         states = read(model, batch.student[rows], batch.ids[rows], batch.mask[rows]) if states is None else states
         teacher = None if self.scores.states is None else self.scores.states[piece]
-        return chunked_objective(
-            states, head_of(model, VOCAB), teacher, self.reader.head, self.tokens[piece], m, m.chunk
-        )
+        return chunked_objective(states, head_of(model, VOCAB), teacher, self.reader.head, self.tokens[piece], m, m.chunk)
 
 
 def scored(model, batch, m, teacher=nullcontext, ceiling=None):
@@ -132,8 +130,7 @@ def plain(model, batch, m, ceiling):
 CASES = [
     replace(EVERYTHING, divergence=d, alpha=0.3, agreement=a, stat=s, normalizer=n, distill_temperature=0.7)
     for d, (a, s, n) in itertools.product(
-        ("forward", "reverse", "jsd"),
-        (("token", "var", "batch"), ("sequence", "range", "sequence"), ("none", "var", "batch")),
+        ("forward", "reverse", "jsd"), (("token", "var", "batch"), ("sequence", "range", "sequence"), ("none", "var", "batch"))
     )
 ]
 
@@ -168,9 +165,7 @@ def test_padding_and_what_comes_after_the_end_never_matter(model):
     batch = batch_of()
     one, whole = whole_step(model, batch, EVERYTHING)
     rubbish = torch.where(batch.mask.bool(), batch.ids, (batch.ids + 7) % VOCAB)
-    wide = replace(
-        batch, ids=torch.nn.functional.pad(rubbish, (0, 6), value=5), mask=torch.nn.functional.pad(batch.mask, (0, 6))
-    )
+    wide = replace(batch, ids=torch.nn.functional.pad(rubbish, (0, 6), value=5), mask=torch.nn.functional.pad(batch.mask, (0, 6)))
     value, gradient = whole_step(model, wide, EVERYTHING)
     assert_close(value, one, **EXACT)
     for name in whole:
@@ -267,9 +262,7 @@ def test_agreement_really_changes_loss_and_gradient(model, level):
     assert abs(on - off) > 1e-4 and (g_on["model.norm.weight"] - g_off["model.norm.weight"]).abs().max() > 1e-6
     official, _ = whole_step(model, batch, Config(agreement="sequence", gamma=0.01, normalizer="sequence"))
     unweighted, _ = whole_step(model, batch, Config(normalizer="sequence"))
-    assert_close(
-        official, unweighted, rtol=1e-2, atol=0
-    )  # only sequences of one token (sum of weights < 1) still differ
+    assert_close(official, unweighted, rtol=1e-2, atol=0)  # only sequences of one token (sum of weights < 1) still differ
 
 
 def test_clip_removes_the_gradient_of_the_tokens_above_it(model):
@@ -331,9 +324,7 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for x in out if isinstance(out, tuple | list) else [out]:
-            if (
-                isinstance(x, torch.Tensor) and x.dim() and x.shape[-1] == VOCAB and x.shape != (32, VOCAB)
-            ):  # not weight.T
+            if isinstance(x, torch.Tensor) and x.dim() and x.shape[-1] == VOCAB and x.shape != (32, VOCAB):  # not weight.T
                 self.rows = max(self.rows, x.numel() // VOCAB)
         return out
 
@@ -440,9 +431,7 @@ def test_several_chunks_of_several_pieces_are_the_objective_on_whole_tensors(mon
 def test_each_token_is_measured_as_itself(monkeypatch, sizes):
     monkeypatch.setattr(head_file, "tokens_per_chunk", lambda chunk, vocab: sizes)
     states, _, (weight, _), tokens = uneven(29)
-    found = each_token(
-        states, Head(weight, 11), 0.7, 0, lambda logps, which: losses.token_logps(logps, tokens.ids[which])
-    )
+    found = each_token(states, Head(weight, 11), 0.7, 0, lambda logps, which: losses.token_logps(logps, tokens.ids[which]))
     assert_close(found, losses.token_logps((states @ weight[:11].T / 0.7).log_softmax(-1), tokens.ids), **EXACT)
 
 

@@ -99,18 +99,8 @@ def test_the_world_is_finite_and_says_so():
         ("choice", "B", "B no A", False),
         ("fact", "cave", "the lamp is in the cave", True),
         ("fact", "cave", "not the cave, the mill", False),
-        (
-            "tool",
-            ("hotel", {"city": "rome", "nights": "2"}),
-            'Action: hotel Input: {"city": "rome", "nights": "2"}',
-            True,
-        ),
-        (
-            "tool",
-            ("hotel", {"city": "rome", "nights": "2"}),
-            'Action: hotel Input: {"nights": "2", "city": "rome"}',
-            True,
-        ),
+        ("tool", ("hotel", {"city": "rome", "nights": "2"}), 'Action: hotel Input: {"city": "rome", "nights": "2"}', True),
+        ("tool", ("hotel", {"city": "rome", "nights": "2"}), 'Action: hotel Input: {"nights": "2", "city": "rome"}', True),
         ("tool", ("hotel", {"city": "rome", "nights": "2"}), "hotel rome 2", True),
         (
             "tool",

@@ -320,19 +320,10 @@ def reading() -> list[Case]:
 
 # Settings of the training loop, outside the objective: named in the note of a recipe that changes them.
 LOOP = dict(
-    sft_target="reference",
-    teacher="frozen",
-    ema_decay=0.9,
-    ema_every=10,
-    on_policy=1.0,
-    sampler="student",
-    temperature=1.0,
+    sft_target="reference", teacher="frozen", ema_decay=0.9, ema_every=10, on_policy=1.0, sampler="student", temperature=1.0
 )
 # The settings that the vectors hold: all of the objective's but for the log's, and those that choose which answers are compared.
-OBJECTIVE = [name for name in Mechanisms.__dataclass_fields__ if name != "log_entropy"] + [
-    "agreement_budget",
-    "uncertainty",
-]
+OBJECTIVE = [name for name in Mechanisms.__dataclass_fields__ if name != "log_entropy"] + ["agreement_budget", "uncertainty"]
 V, H, ROWS, END = 6, 4, 8, 1  # vocabulary in use, hidden size, rows of the head's matrix, end-of-text id = pad id
 
 

@@ -83,9 +83,7 @@ class Torch(Numpy):
         return self.torch.tensor(x, dtype=self.dtype if x.dtype.kind == "f" else None)
 
     def take(self, x) -> np.ndarray:
-        return (
-            x.detach().double().cpu().numpy() if isinstance(x, self.torch.Tensor) else np.asarray(x, dtype=np.float64)
-        )
+        return x.detach().double().cpu().numpy() if isinstance(x, self.torch.Tensor) else np.asarray(x, dtype=np.float64)
 
     def call(self, port, inputs: list, settings: dict, at: list[int]) -> tuple:
         inputs = [x.requires_grad_() if i in at else x for i, x in enumerate(inputs)]
@@ -154,9 +152,7 @@ def compare(what: str, got: np.ndarray, expected: np.ndarray, tolerance: float) 
     if not same.all():
         at = tuple(int(i) for i in np.argwhere(~same)[0])
         place = f" at {list(at)}" if at else ""
-        raise Mismatch(
-            f"{what}{place}: expected {expected[at]:.10g}, got {got[at]:.10g} ({(~same).sum()} of {same.size} differ)"
-        )
+        raise Mismatch(f"{what}{place}: expected {expected[at]:.10g}, got {got[at]:.10g} ({(~same).sum()} of {same.size} differ)")
     return float(error.max(initial=0.0))
 
 
@@ -194,9 +190,7 @@ def check_case(port, case: dict, kind, tolerance: float, gradients: bool) -> tup
             raise Mismatch(f"expected {want}, got {type(error).__name__}: {error}") from error
         return 0.0, None
     if "raises" in case:
-        raise Mismatch(
-            f"expected a {case['raises']['error']} that names {case['raises']['names']!r}, nothing was raised"
-        )
+        raise Mismatch(f"expected a {case['raises']['error']} that names {case['raises']['names']!r}, nothing was raised")
     known, worst, wrong = case["outputs"] | case.get("intermediate", {}), 0.0, []
     for name, x in outputs_of(case, value).items():  # all of them: what else is off tells where it began
         try:
@@ -306,12 +300,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="check.py", description="Check a port against the golden vectors.")
     parser.add_argument("target", nargs="+", help="module, module:function, or module:function=name_of_the_vector")
     parser.add_argument("--dtype", default="float64", choices=tuple(TOLERANCE))
-    parser.add_argument(
-        "--arrays", default="auto", choices=("auto", *KINDS), help="what the port takes (default: by its imports)"
-    )
-    parser.add_argument(
-        "--case", default="", type=expression, help="only cases whose name matches this regular expression"
-    )
+    parser.add_argument("--arrays", default="auto", choices=("auto", *KINDS), help="what the port takes (default: by its imports)")
+    parser.add_argument("--case", default="", type=expression, help="only cases whose name matches this regular expression")
     parser.add_argument("--tolerance", type=float, help="instead of the README's for this dtype")
     parser.add_argument("--no-gradients", action="store_true", help="compare values only")
     args = parser.parse_args(argv)
