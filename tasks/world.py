@@ -64,6 +64,7 @@ _home = random.Random("homes")
 HOMES = {thing: _home.choice(PLACES) for thing in THINGS}
 KNOWN = {*THINGS[:6], "add", "minus", "times", "join", "fly", "sleep", "eat"}  # the base may know what these mean
 LETTERS = "ABC"
+CHOICES = dict(choice=LETTERS, fact=PLACES)  # family -> what an answer may be
 INPUTS = (1, 3, 10)  # what a program is tested on
 
 
@@ -261,9 +262,8 @@ def stated(family: str, text: str) -> object:
     """The *last* answer in a completion, or None. Terse answers count: SFT imitates them, so that style must be able to score."""
     if family == "sum":
         return (re.findall(r"\d+", text) or [None])[-1]
-    if family in ("choice", "fact"):
-        choices = LETTERS if family == "choice" else PLACES
-        return next((word for word in reversed(re.findall(r"\w+", text)) if word in choices), None)
+    if family in CHOICES:
+        return next((word for word in reversed(re.findall(r"\w+", text)) if word in CHOICES[family]), None)
     if family == "tool":
         return call(text)
     if "def f" in text:
