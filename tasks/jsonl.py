@@ -11,9 +11,8 @@
 
 A line with choices is scored by the letter, with tests by running them, with an answer alone by comparing: as a number where the
 answer is one ("1,200" is 1200), else as a whole text, whatever its case and punctuation ("the Paris" is not "Paris"). With none of
-these a line trains but is not scored. A bad line is left out, by its number and with the reason; what is odd but usable (the same
-question twice, two answers for one question, code that fails its own tests) is used and named. All of it is in the manifest.
-It exists so that your own questions need no code, and no mistake in them goes unnoticed.
+these a line trains but is not scored. It exists so that your own questions need no code, and no mistake in them goes unnoticed:
+bad lines are left out, odd ones used, and the manifest names both.
 
 Depends on data.py, records.py, scoring.py, negatives.py.   Try it:  python -m pytest tests/test_jsonl.py -q
 """
@@ -65,8 +64,7 @@ def load_jsonl(
     warn = lambda message: warnings.warn(f"{path}: {message}", stacklevel=3)
     content = read_bytes(path)
     good, bad, unknown = read_lines(content)
-    reasons = "; ".join(f"{places(numbers)}: {reason}" for reason, numbers in list(bad.items())[:10])
-    reasons += "; ..." if len(bad) > 10 else ""
+    reasons = "; ".join([f"{places(numbers)}: {reason}" for reason, numbers in bad.items()][:10] + ["..."] * (len(bad) > 10))
     if not good:
         raise ValueError(f"--data {path}: no line can be used ({reasons or 'the file is empty'})")
     dropped = sum(map(len, bad.values()))
@@ -238,21 +236,17 @@ def line_example(record: dict) -> Example:
     if choices:
         example = with_ending(choice_example("choice", question, choices, chosen(choices, answer), ""), reference)
     elif tests:
-        example = code_example("code", question, unfenced(reference), tests)
-        if reference != unfenced(reference):
+        fenced = [match["code"] for match in FENCE.finditer(reference)]
+        example = code_example("code", question, (fenced or [reference])[-1], tests)
+        if fenced:
             example = replace(example, reference=reference)  # what stands around the code stays
-        if negative and negative == unfenced(negative):
+        if negative and not FENCE.search(negative):
             negative = f"```python\n{negative}\n```"
     elif answer is not None:
         example = exact_example(question, reference, answer)
     else:
         example = Example("unscored", question, reference)
     return replace(example, negative=negative)
-
-
-def unfenced(text: str) -> str:
-    """The last complete code fence of a text, or all of it if it has none."""
-    return ([text] + [match["code"] for match in FENCE.finditer(text)])[-1]
 
 
 def with_ending(example: Example, reference: str) -> Example:
@@ -271,20 +265,18 @@ def chosen(choices: list[str], answer) -> int:
         raise Skip("two choices are the same")
     if answer is None:
         raise Skip("field 'answer' is missing: with choices there must be one")
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+    if type(answer) is int and 0 <= answer < len(choices):  # True is no index
         return answer
-    if isinstance(answer, str):
-        if answer.strip().casefold() in texts:
-            return texts.index(answer.strip().casefold())
-        letter = answer.strip(" ().").upper()
-        if len(letter) == 1 and letter in LETTERS[: len(choices)]:
-            return LETTERS.index(letter)
+    said = answer.strip() if isinstance(answer, str) else ""
+    for names, name in ((texts, said.casefold()), ([*LETTERS[: len(choices)]], said.strip(" ().").upper())):
+        if name in names:
+            return names.index(name)
     raise Skip(f"the answer {answer!r} is not among the choices")
 
 
 def exact_example(question: str, reference: str, answer) -> Example:
     """A question whose answer is compared: as a number if it is one, else as a text."""
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
+    if type(answer) in (int, float):
         if not math.isfinite(answer):
             raise Skip("the answer is not a finite number")
         answer = f"{Decimal(repr(answer)):f}"

@@ -171,7 +171,11 @@ def toolalpaca(name: str, row: dict, rng: random.Random) -> Example:
     """
     prompt, instruction = field(row, "prompt"), field(row, "instruction", needed=False)
     written = "\n".join(x for x in row.get("golden_response") or [] if isinstance(x, str)).replace("\r\n", "\n").strip()
-    calls = gold_calls(row.get("golden_answer")) or calls_in(written)
+    golden = row.get("golden_answer") or []
+    if isinstance(golden, dict):  # some versions of `datasets` make a record of lists of a list of records
+        golden = [dict(zip(golden, values, strict=True)) for values in zip(*golden.values(), strict=True)]
+    texts = [f"Action: {call.get('Action')}\nAction Input: {call.get('Action_Input') or '{}'}" for call in golden]
+    calls = calls_in("\n".join(texts)) or calls_in(written)
     if not calls or any(call["arguments"] is None for call in calls):
         raise Skip("no gold call, or its input is not a JSON object")
     bare = "\n".join(f"Action: {call['action']}\nAction Input: {json.dumps(call['arguments'])}" for call in calls)
@@ -184,17 +188,8 @@ def toolalpaca(name: str, row: dict, rng: random.Random) -> Example:
     return Example(name, question, reference, {"kind": "tools", "calls": calls, "actions": others})
 
 
-def gold_calls(golden) -> list[dict]:
-    """golden_answer -> [{"action", "arguments" (None: not a JSON object)}]. It comes as a list of records or, from some
-    versions of `datasets`, as a record of lists.
-    """
-    if isinstance(golden, dict):
-        golden = [dict(zip(golden, values, strict=True)) for values in zip(*golden.values(), strict=True)]
-    texts = [f"Action: {call.get('Action')}\nAction Input: {call.get('Action_Input') or '{}'}" for call in golden or []]
-    return [call for text in texts for call in calls_in(text)]
-
-
 def calls_in(text: str) -> list[dict]:
+    """[{"action", "arguments" (None: not a JSON object)}], in order."""
     return [{"action": call["action"], "arguments": call["arguments"]} for call in react_calls(text)]
 
 
@@ -229,9 +224,7 @@ def names_in(tree: ast.Module) -> list[str]:
 def signature(name: str, node: ast.stmt) -> str:
     """The first line of a definition; of a class also that of its __init__."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-        start = "async def" if isinstance(node, ast.AsyncFunctionDef) else "def"
-        return f"{start} {name}({ast.unparse(node.args)}){returns}:"
+        return next(line for line in ast.unparse(node).split("\n") if re.match(r"(async )?def ", line))  # decorators come before
     if isinstance(node, ast.ClassDef):
         inits = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
         return "\n    ".join([f"class {name}:", *(signature("__init__", init) for init in inits)])
