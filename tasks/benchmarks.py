@@ -90,9 +90,9 @@ def _rows(benchmark: Benchmark, side: str) -> Sequence[dict]:
         import datasets  # here, so that nothing else needs it
     except ImportError:
         raise ValueError(f"--data {benchmark.name} needs the datasets package: pip install datasets") from None
-    train = side == "train"
-    split = benchmark.train if train else benchmark.test
-    config = benchmark.config if train else benchmark.test_config or benchmark.config
+    split, config = "train", benchmark.config
+    if side == "test":
+        split, config = benchmark.test, benchmark.test_config or config
     try:
         rows = datasets.load_dataset(benchmark.hub, config, split=split)
     except (OSError, ValueError, RuntimeError) as error:  # unreachable or gated; no such config or split; a script

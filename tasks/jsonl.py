@@ -72,7 +72,7 @@ def load_jsonl(
         warn(f"{dropped} of {dropped + len(good)} lines are left out: {reasons}")
     if unknown:
         warn(f"unknown fields {', '.join(unknown)} are ignored; known are {', '.join(FIELDS)}")
-    train, test = split(path, good, test_share)
+    train, test = split_lines(path, good, test_share)
     cuts = ((train, train_size, "training", "--train-size"), (test, test_size, "held-out", "--eval-size, of eval.py --size"))
     for lines, size, side, flag in cuts:
         if 0 < size < len(lines):
@@ -166,7 +166,7 @@ def failing_lines(lines: Sequence[Line]) -> list[int]:
     return sorted(line.number for line, result in zip(unproven, results, strict=True) if not result["correct"])
 
 
-def split(path, good: list[Line], share: float) -> tuple[list[Line], list[Line]]:
+def split_lines(path, good: list[Line], share: float) -> tuple[list[Line], list[Line]]:
     """(train, test), each in the order of the file. Without a split field, by a hash of the question and never by the seed:
     what one run was trained on, no other may be tested on. Two lines with the same question stay together.
 

@@ -104,6 +104,7 @@ SLIPS = (-11, -10, -9, -5, -3, -2, -1, 1, 2, 3, 5, 9, 10, 11)
 
 
 def wrong_choices(example: Example, rng: random.Random, pool: Pool) -> Iterator[str]:
+    """Another option, and an explanation that argues for it."""
     options, right = example.answer["options"], LETTERS.index(example.answer["letter"])
     body = example.reference.rsplit("Answer:", 1)[0]
     wrong = [i for i, option in enumerate(options) if option.casefold() != options[right].casefold()]
@@ -116,6 +117,7 @@ def wrong_choices(example: Example, rng: random.Random, pool: Pool) -> Iterator[
 
 
 def wrong_numbers(example: Example, rng: random.Random, pool: Pool) -> Iterator[str]:
+    """A number of the same sign nearby, in place of the result wherever it stands."""
     value = as_number(example.answer["value"])
 
     def moved(match: re.Match, step: int) -> str:
@@ -139,24 +141,27 @@ def wrong_texts(example: Example, rng: random.Random, pool: Pool) -> Iterator[st
 
 # --- tool calls ------------------------------------------------------------------------------------------------------
 def wrong_calls(example: Example, rng: random.Random, pool: Pool) -> Iterator[str]:
+    """One argument of one call with another value, or one call to another tool."""
     calls, text = react_calls(example.reference), example.reference
-    changes, called = [], {call["action"] for call in calls}  # a change: (call, argument, its new value), or (call, None, new tool)
+    wrong, called = [], {call["action"] for call in calls}
     for call in calls:
         for name, value in given(call["arguments"]).items():
-            changes += [(call, name, other) for other in other_values(name, value, example, rng, pool)[:3]]
-        changes += [(call, None, tool) for tool in example.answer["actions"] if tool not in called]
-    for call, name, new in rng.sample(changes, len(changes)):
-        if name is None:
-            yield re.sub(rf"(?<!\w){re.escape(call['action'])}(?!\w)", lambda _, new=new: new, text)
-            continue
-        start, end, old = call["start"], call["end"], call["arguments"][name]
-        pair = rf"({re.escape(json.dumps(name))}\s*:\s*){re.escape(json.dumps(old, ensure_ascii=False))}"
-        put = lambda match, new=new: match[1] + json.dumps(new, ensure_ascii=False)
-        since = max([0, *(other["end"] for other in calls if other["end"] <= start)])
-        thought = text[since:start]  # it names the value, too
-        if isinstance(old, str) and isinstance(new, str):
-            thought = swapped(thought, old, new)
-        yield text[:since] + thought + re.sub(pair, put, text[start:end], count=1) + text[end:]
+            others = other_values(name, value, example, rng, pool)[:3]
+            wrong += [with_argument(text, calls, call, name, other) for other in others]
+        tools = [tool for tool in example.answer["actions"] if tool not in called]
+        wrong += [re.sub(rf"(?<!\w){re.escape(call['action'])}(?!\w)", lambda _, tool=tool: tool, text) for tool in tools]
+    yield from rng.sample(wrong, len(wrong))
+
+
+def with_argument(text: str, calls: Sequence[dict], call: dict, name: str, new) -> str:
+    """The text with another value for one argument of one call, also in the thought before it."""
+    start, end, old = call["start"], call["end"], call["arguments"][name]
+    since = max([0, *(other["end"] for other in calls if other["end"] <= start)])
+    both_texts = isinstance(old, str) and isinstance(new, str)
+    thought = swapped(text[since:start], old, new) if both_texts else text[since:start]
+    pair = rf"({re.escape(json.dumps(name))}\s*:\s*){re.escape(json.dumps(old, ensure_ascii=False))}"
+    put = lambda match: match[1] + json.dumps(new, ensure_ascii=False)
+    return text[:since] + thought + re.sub(pair, put, text[start:end], count=1) + text[end:]
 
 
 def other_values(name: str, value, example: Example, rng: random.Random, pool: Pool) -> list:

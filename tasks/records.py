@@ -68,7 +68,6 @@ class Benchmark:
     hub: str
     convert: Callable[[str, dict, random.Random], Example]
     config: str | None = None
-    train: str = "train"
     test: str = "test"
     test_config: str | None = None  # where the test split is in another config
     evaluation_only: bool = False
@@ -97,10 +96,7 @@ def paragraphs(*parts: str) -> str:
 def choice_example(
     name: str, question: str, options: Sequence[str], right: int, explanation: str, rng: random.Random | None = None
 ) -> Example:
-    """The reference is the explanation, if there is one, and the answer line. `rng` shuffles the options.
-
-    Raises Skip if an option is missing.
-    """
+    """The reference: the explanation, if any, and the answer line. `rng` shuffles the options. Raises Skip if one is missing."""
     options = [option.strip() if isinstance(option, str) else "" for option in options]
     if not 2 <= len(options) <= len(LETTERS) or not all(options):
         raise Skip("an option is empty, or there are fewer than two")
@@ -123,15 +119,15 @@ def scienceqa(name: str, row: dict, rng: random.Random) -> Example:
         raise Skip("no answer")
     lecture, hint = field(row, "lecture", needed=False), field(row, "hint", needed=False)
     before = f"Lecture: {lecture}" if lecture else "", f"Context: {hint}" if hint else ""
-    question = paragraphs(*before, f"Question: {field(row, 'question')}")
-    return choice_example(name, question, choices, right, field(row, "solution", needed=False), rng)
+    question, why = paragraphs(*before, f"Question: {field(row, 'question')}"), field(row, "solution", needed=False)
+    return choice_example(name, question, choices, right, why, rng)
 
 
 def gpqa(name: str, row: dict, rng: random.Random) -> Example:
     """The right answer has a column of its own, so the options must be shuffled."""
     options = [field(row, column) for column in ("Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)))]
-    question = f"Question: {field(row, 'Question')}"
-    return choice_example(name, question, options, 0, field(row, "Explanation", needed=False), rng)
+    why = field(row, "Explanation", needed=False)
+    return choice_example(name, f"Question: {field(row, 'Question')}", options, 0, why, rng)
 
 
 def cos_e(name: str, row: dict, rng: random.Random) -> Example:
@@ -139,8 +135,8 @@ def cos_e(name: str, row: dict, rng: random.Random) -> Example:
     choices = row.get("choices") or []
     if row.get("answer") not in choices:
         raise Skip("the answer is not among the choices")
-    question, why = f"Question: {field(row, 'question')}", field(row, "abstractive_explanation", needed=False)
-    return choice_example(name, question, choices, choices.index(row["answer"]), why)
+    why = field(row, "abstractive_explanation", needed=False)
+    return choice_example(name, f"Question: {field(row, 'question')}", choices, choices.index(row["answer"]), why)
 
 
 def medmcqa(name: str, row: dict, rng: random.Random) -> Example:
@@ -148,8 +144,8 @@ def medmcqa(name: str, row: dict, rng: random.Random) -> Example:
     if row.get("cop") not in (0, 1, 2, 3):  # -1 in the hidden test split
         raise Skip("no answer")
     options = [field(row, column) for column in ("opa", "opb", "opc", "opd")]
-    question = f"Question: {field(row, 'question')}"
-    return choice_example(name, question, options, row["cop"], field(row, "exp", needed=False))
+    why = field(row, "exp", needed=False)
+    return choice_example(name, f"Question: {field(row, 'question')}", options, row["cop"], why)
 
 
 # --- numbers, tools --------------------------------------------------------------------------------------------------
@@ -202,13 +198,13 @@ def code_example(name: str, task: str, gold: str, tests: Sequence[str], setup: S
     tree, tested, prepared = (parse_python("\n".join(part)) for part in ([gold], tests, setup))
     if not tree or not tested or not tested.body or not prepared:
         raise Skip("no tests, or the gold code or its tests are not Python")
-    names = defined(tree)
-    used = [name for part in (tested, prepared) for name in names_in(part) if name in names]
+    symbols = defined(tree)
+    used = [symbol for part in (tested, prepared) for symbol in names_in(part) if symbol in symbols]
     if not used:
         raise Skip("the tests use nothing that the gold code defines")
-    functions = [name for name in used if isinstance(names[name], ast.FunctionDef | ast.AsyncFunctionDef)]
+    functions = [symbol for symbol in used if isinstance(symbols[symbol], ast.FunctionDef | ast.AsyncFunctionDef)]
     imports = [ast.unparse(node) for node in prepared.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    signatures = "\n".join(signature(name, names[name]) for name in dict.fromkeys(used))
+    signatures = "\n".join(signature(symbol, symbols[symbol]) for symbol in dict.fromkeys(used))
     question = CODE.format(task=task, signatures=signatures, tests="\n".join([*setup, *(tests[:-HELD_BACK] or tests)]))
     answer = {"kind": "code", "entry": (functions or used)[0], "tests": [*setup, *tests]}
     answer["prelude"] = "\n".join(imports)  # an answer may count on the setup's imports
@@ -253,19 +249,17 @@ def humaneval(name: str, row: dict, rng: random.Random) -> Example:
 
 _GPQA = dict(hub="Idavidrein/gpqa", convert=gpqa, test="train", evaluation_only=True)
 _MBPP = dict(hub="google-research-datasets/mbpp", convert=mbpp, ood="humaneval")
-BENCHMARKS: dict[str, Benchmark] = {
-    b.name: b
-    for b in (
-        Benchmark("scienceqa", "derek-thomas/ScienceQA", scienceqa, ood="gpqa"),
-        Benchmark("gpqa", config="gpqa_main", **_GPQA),
-        Benchmark("gpqa-diamond", config="gpqa_diamond", **_GPQA),
-        Benchmark("gpqa-extended", config="gpqa_extended", **_GPQA),
-        Benchmark("cos_e", "Salesforce/cos_e", cos_e, config="v1.11", test="validation"),
-        Benchmark("mbpp", config="full", test_config="sanitized", **_MBPP),  # scored on the sanitized test, as in the paper
-        Benchmark("mbpp-sanitized", config="sanitized", **_MBPP),
-        Benchmark("humaneval", "openai/openai_humaneval", humaneval, evaluation_only=True),
-        Benchmark("toolalpaca", "Ahren09/ToolAlpaca", toolalpaca),
-        Benchmark("medmcqa", "openlifescienceai/medmcqa", medmcqa, test="validation"),
-        Benchmark("gsm8k", "openai/gsm8k", gsm8k, config="main"),
-    )
-}
+_ALL = (
+    Benchmark("scienceqa", "derek-thomas/ScienceQA", scienceqa, ood="gpqa"),
+    Benchmark("gpqa", config="gpqa_main", **_GPQA),
+    Benchmark("gpqa-diamond", config="gpqa_diamond", **_GPQA),
+    Benchmark("gpqa-extended", config="gpqa_extended", **_GPQA),
+    Benchmark("cos_e", "Salesforce/cos_e", cos_e, config="v1.11", test="validation"),
+    Benchmark("mbpp", config="full", test_config="sanitized", **_MBPP),  # scored on the sanitized test, as in the paper
+    Benchmark("mbpp-sanitized", config="sanitized", **_MBPP),
+    Benchmark("humaneval", "openai/openai_humaneval", humaneval, evaluation_only=True),
+    Benchmark("toolalpaca", "Ahren09/ToolAlpaca", toolalpaca),
+    Benchmark("medmcqa", "openlifescienceai/medmcqa", medmcqa, test="validation"),
+    Benchmark("gsm8k", "openai/gsm8k", gsm8k, config="main"),
+)
+BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}

@@ -49,7 +49,7 @@ def score_all(examples: Sequence[Example], completions: Sequence[str], limits: L
     for (result, _), verdict in zip(jobs, verdicts, strict=True):
         result.update(correct=verdict.passed, strict=result["strict"] and verdict.passed, reason=verdict.reason)
     for result in results:
-        result.setdefault("lenient", result["correct"])  # for tools it is less than correct: extra arguments are free
+        result.setdefault("lenient", result["correct"])  # tools have their own: extra arguments are free
     return results
 
 
