@@ -87,7 +87,7 @@ def draw(benchmark: Benchmark, side: str, size: int, seed: int) -> tuple[list[Ex
 def _rows(benchmark: Benchmark, side: str) -> Sequence[dict]:
     """The raw records of the "train" or "test" side. Tests put their own in its place."""
     try:
-        import datasets  # here, so that nothing else needs it
+        import datasets  # imported here, so that nothing else needs it
     except ImportError:
         raise ValueError(f"--data {benchmark.name} needs the datasets package: pip install datasets") from None
     split, config = "train", benchmark.config
