@@ -3,12 +3,9 @@
     python -m experiments.break_it                 all runs, then all figures
     python -m experiments.break_it --only good lr  some runs; a finished run is kept, so the rest can follow later
 
-The idea: short runs of the tiny model (seed 0), each with one thing wrong, beside one in which it is right. A wrong setting is a
-setting; the wrong completion mask replaces the right one for one run. Beside log.jsonl two things are kept that it does not
-have: how the student's *held-out* answers end, and the weights of single tokens. It exists so that the signs of a broken run are
-shown as they were measured, not as one would expect them.
-
-Depends on train.py.   Read with it: docs/troubleshooting.md
+The idea: short runs of the tiny model (seed 0), each with one thing wrong, beside one in which it is right. Two things are kept
+that log.jsonl does not have: how the student's *held-out* answers end, and the weights of single tokens. It exists so that
+docs/troubleshooting.md shows the signs of a broken run as they were measured, not as one would expect them.   Depends on train.py
 """
 
 import argparse
@@ -43,8 +40,7 @@ RUNS = {  # name -> recipe, overrides; a name that ends in "pad" runs with the w
     "sft-pad": ("sft", {}),
     "sd-pad": ("sd", {}),
 }
-CLIP, EMA, LIVE = "clip at 0.05 nats", "EMA 0.5 every step", "live teacher, reverse KL, T 2"
-NATS = "nats per token"
+CLIP, EMA, LIVE, NATS = "clip at 0.05 nats", "EMA 0.5 every step", "live teacher, reverse KL, T 2", "nats per token"
 PLOTS = {  # figure -> {key of a log row: label of the y axis}, {run: label}
     "length": ({"length": "sample length, tokens"}, {"good": "good", "live": LIVE}),
     "entropy": ({"entropy": f"entropy, {NATS}"}, {"good": "good", "clip": CLIP, "fast": EMA}),
@@ -61,36 +57,37 @@ def train_once(name: str, out: Path, steps: int) -> dict:
     file, folder = out / f"{name}.json", out / name
     if file.exists():
         return json.loads(file.read_text())
-    measured, weights = [], []
+    held_out_eos, weights = [], []
     measure, weigh_step, write_answers = metrics.measure, train.weigh_step, train.write_answers
 
-    def keep_measurement(lm, task, examples, with_reference=False, *options):
-        measured.append((with_reference, measure(lm, task, examples, with_reference, *options)))
-        return measured[-1][1]
+    def keep_endings(lm, task, examples, with_reference=False, *options):
+        result = measure(lm, task, examples, with_reference, *options)
+        held_out_eos.extend([] if with_reference else [result["eos"]])
+        return result
 
     def keep_weights(reader, *options):
-        found, ceiling = weigh_step(reader, *options)
-        weights[:] = found.reliability[reader.batch.mask.bool()].tolist()
-        return found, ceiling
+        result = weigh_step(reader, *options)
+        weights[:] = result[0].reliability[reader.batch.mask.bool()].tolist()
+        return result
 
     def mask_by_pad(run, *options):
         """The mask of `ids != pad`, for a model whose pad token is its end token: the end itself is masked."""
         ids, mask = write_answers(run, *options)
         return ids, mask * ~torch.isin(ids, torch.tensor(run.lm.eos))
 
+    recipe, overrides = RUNS[name]
     shutil.rmtree(folder, ignore_errors=True)
     answers = mask_by_pad if name.endswith("pad") else write_answers
-    with patch.object(metrics, "measure", keep_measurement), patch.object(train, "weigh_step", keep_weights):
-        with patch.object(train, "write_answers", answers):
-            recipe, overrides = RUNS[name]
+    with patch.object(metrics, "measure", keep_endings):
+        with patch.multiple(train, weigh_step=keep_weights, write_answers=answers):
             after = train.main(make(recipe, steps=steps, out=str(folder), **(SMALL | overrides)))["after"]
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    # Without the reference, the model is measured twice (in and out of distribution) before the first step and after the last.
-    alone = [found for with_reference, found in measured if not with_reference][2:-2]
-    for row, found in zip([row for row in rows if "student_accuracy" in row], alone, strict=True):
-        row |= {"held_out_eos": found["eos"], "held_out_length": found["length"]}
-    file.write_text(json.dumps({"rows": rows, "weights": weights, "after": after}))
-    return json.loads(file.read_text())
+    # The model alone is measured twice (in and out of distribution) before the first step, and twice after the last.
+    for row, eos in zip([row for row in rows if "student_accuracy" in row], held_out_eos[2:-2], strict=True):
+        row["held_out_eos"] = eos
+    found = {"rows": rows, "weights": weights, "after": after}
+    file.write_text(json.dumps(found))
+    return found
 
 
 def draw(found: dict[str, dict], folder: Path) -> list[str]:
@@ -102,26 +99,22 @@ def draw(found: dict[str, dict], folder: Path) -> list[str]:
         figure = Figure(figsize=(5.6 if len(keys) == 1 else 8, 3.4), layout="constrained")
         for axis, (key, label) in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys.items(), strict=True):
             if key == "weights":
-                weights, bins = [found[run]["weights"] for run in labels], [i / 25 for i in range(26)]
-                axis.hist(weights, bins, label=labels.values(), color=INK[: len(labels)])
+                weights = [found[run][key] for run in labels]
+                axis.hist(weights, bins=25, range=(0, 1), label=labels.values(), color=INK[: len(labels)])
                 axis.set(xlabel="agreement weight of a token", ylabel=label, yscale="log")
-            else:
-                lines(axis, {text: found[run]["rows"] for run, text in labels.items()}, key)
-                axis.set(xlabel="optimizer step", ylabel=label)
-                axis.set(**(dict(yscale="log") if name == "divergence" else dict(ylim=(0, 1.08 * axis.dataLim.y1))))
+            else:  # colour, dash and marker differ, so that curves can be told apart in grey too
+                axis.set_prop_cycle(color=INK[:3], linestyle=["-", "--", ":"], marker=list("os^"))
+                for run, text in labels.items():
+                    points = [(row["step"], row[key]) for row in found[run]["rows"] if row.get(key) is not None]
+                    axis.plot(*zip(*points, strict=True), label=text, lw=1.6, ms=4, markevery=max(1, len(points) // 6))
+                axis.grid(alpha=0.25)
+                scale = dict(yscale="log") if name == "divergence" else dict(ylim=(0, 1.08 * axis.dataLim.y1))
+                axis.set(xlabel="optimizer step", ylabel=label, **scale)
             axis.legend(fontsize=8)
         pixels = io.BytesIO()
         figure.savefig(pixels, dpi=90)
         Image.open(pixels).convert("RGB").quantize(64).save(folder / f"{name}.png", optimize=True)  # a third of the size
     return names
-
-
-def lines(axis, curves: dict[str, list[dict]], key: str) -> None:
-    """Curves that differ in colour, dash and marker, so that they can be told apart in grey too."""
-    for (text, rows), colour, dash, mark in zip(curves.items(), INK, ("-", "--", ":"), "os^", strict=False):
-        steps, values = zip(*((row["step"], row[key]) for row in rows if row.get(key) is not None), strict=True)
-        axis.plot(steps, values, dash, color=colour, label=text, lw=1.6, marker=mark, ms=4, markevery=max(1, len(steps) // 6))
-    axis.grid(alpha=0.25)
 
 
 def main(argv: list[str] | None = None) -> None:

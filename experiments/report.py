@@ -5,9 +5,8 @@
 The idea: rows are compared by differences *paired by seed* (the same seed is the same questions in the same order), with the
 95 % interval of their mean (Student's t over the seeds). A claim is a rule about such intervals, printed beside its verdict,
 which is "cannot tell" while rows or seeds are missing or intervals are too wide. It exists so that a verdict follows from a rule
-written down before the numbers, for partial results too: each number carries its number of seeds.
+and not from a wish. `found` is {setting: {row: {seed: numbers of one run}}}, see study.read; `rows` is one setting of it.
 
-`found` is {setting: {row: {seed: numbers of one run}}}, see study.read; `rows` is one setting of it.
 Depends on study.py (what a run says), watch.py (colours); matplotlib.   Try it:  python -m pytest tests/test_report.py -q
 """
 
@@ -20,9 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullLocator
-from matplotlib.transforms import Bbox
 
 from engine.watch import INK
 from experiments import study
@@ -50,8 +47,8 @@ SIGNS = {  # sign -> the bounds that the interval of a - b must keep: direction 
     "×": [(1, -math.log(FACTOR)), (-1, -math.log(FACTOR))],  # of log(a / b) - log(the number after the sign)
 }
 BUDGET = {"star-no-agreement": 0.0, "budget-10": 0.1, "budget-25": 0.25, "budget-50": 0.5, "unisd-star": 1.0}
-COLOURS, MARKERS = [INK[1], "black", INK[0], INK[2], INK[3], INK[4]], "sDo*v^"
-KINDS = {kind: (rows.split(), *look) for (kind, rows), *look in zip(PLAN["kinds"].items(), COLOURS, MARKERS, strict=True)}
+COLOURS = [INK[1], "black", INK[0], INK[2], INK[3], INK[4]]
+KINDS = {kind: (rows.split(), colour) for (kind, rows), colour in zip(PLAN["kinds"].items(), COLOURS, strict=True)}
 
 
 # --- numbers -> verdicts: +1 yes, 0 cannot tell, -1 no; so "and" is the minimum and "or" the maximum
@@ -116,7 +113,7 @@ def judge(rule: str, rows: dict) -> tuple[int, str]:
 
 def page(found: dict, figures: list[str]) -> str:
     """claims.md: rules and verdicts per setting; outside the clean one, only claims about which there is a number."""
-    lines = [PLAN["intro"].format(SMALL=SMALL, CLOSE=CLOSE, FACTOR=FACTOR, MIN_SEEDS=MIN_SEEDS)]
+    lines = [PLAN["page"]["claims"].format(SMALL=SMALL, CLOSE=CLOSE, FACTOR=FACTOR, MIN_SEEDS=MIN_SEEDS)]
     for setting, rows in found.items():
         flags = " ".join(study.SETTINGS.get(setting, ())) or "no extra flags"
         for part in PLAN["claims"]:
@@ -135,8 +132,7 @@ def page(found: dict, figures: list[str]) -> str:
 
 STYLE = {"figure.constrained_layout.use": True, "figure.titlesize": 10, "axes.titlesize": 9, "legend.fontsize": 8}
 STYLE |= {"axes.grid": True, "grid.alpha": 0.25, "lines.markersize": 5, "savefig.dpi": 100, "xtick.labelsize": 8}
-HALO = [withStroke(linewidth=2, foreground="white")]
-PLACES = [(r * math.cos(k * math.pi / 8), r * math.sin(k * math.pi / 8)) for r in range(12, 160, 8) for k in range(1, 17)]
+interval = lambda runs, key: study.spread((run[key] for run in runs.values()), MIN_SEEDS)  # nan: no error bar
 log_ticks = lambda: dict(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator())
 
 
@@ -148,59 +144,34 @@ def finish(figure, title: str, columns: int):
     return figure if entries else None
 
 
-def average(runs: dict, key: str) -> tuple[float, float]:
-    """Mean over the seeds and its bar: half of the 95 % interval, 0 from too few seeds."""
-    mean, half = study.spread(run[key] for run in runs.values())
-    return mean, half if len(runs) >= MIN_SEEDS else 0.0
-
-
-def label(axis, names: dict[str, tuple[float, float]]) -> None:
-    """Each name at the nearest place around its point where it covers no other name and no point."""
-    look = dict(textcoords="offset pixels", va="center", fontsize=8, path_effects=HALO, in_layout=False)
-    look["arrowprops"] = dict(arrowstyle="-", color="0.5", lw=0.5, shrinkB=4)
-    notes = [axis.annotate(name, names[name], (0, 0), **look) for name in sorted(names, key=lambda name: -names[name][1])]
-    axis.figure.draw_without_rendering()  # only now are sizes known
-    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in axis.transData.transform(list(names.values()))]
-    for note in notes:
-        for x, y in PLACES:
-            note.set(position=(x, y), ha="right" if x < 0 else "left")
-            box = plt.Text.get_window_extent(note)
-            if axis.bbox.contains(*box.min) and axis.bbox.contains(*box.max) and not box.count_overlaps(taken):
-                break
-        taken.append(box)
-
-
 def scatter(found: dict, setting: str, key: str, unit: str):
     """Accuracy against drift ("jsd") or cost ("step_of_sft"): left all rows, right those near the median row, from near."""
-    rows, points = found.get(setting, {}), {}
-    for name in (name for members, *_ in KINDS.values() for name in members if name in rows):
-        (x, half), (y, bar) = average(rows[name], key), average(rows[name], "accuracy")
-        low, high = x - half, x + half
-        if key == "step_of_sft":
-            x, low, high = study.median_and_range(run[key] for run in rows[name].values())
-        points |= {name: (x, y, [[x - low], [high - x]], bar)} if x > 0 else {}
+    rows, points = found.get(setting, {}), []
+    for kind, colour in KINDS.values():  # a colour for each kind, a marker for each of its rows
+        for name, marker in ((name, marker) for name, marker in zip(kind, "os^DvPX", strict=False) if name in rows):
+            (x, half), (y, bar) = interval(rows[name], key), interval(rows[name], "accuracy")
+            low, high = x - half, x + half
+            if key == "step_of_sft":
+                x, low, high = study.median_and_range(run[key] for run in rows[name].values())
+            look = dict(fmt=marker, color=colour, ms=8, mec="white", elinewidth=0.8, label=f"{name} ({len(rows[name])})")
+            points += [(x, y, look | dict(xerr=[[x - low], [high - x]], yerr=bar))] if x > 0 else []
     if len(points) < 3:
         return None
-    mid_x, mid_y = (statistics.median(point[i] for point in points.values()) for i in (0, 1))
-    crowd = {n: p for n, p in points.items() if abs(math.log2(p[0] / mid_x)) < 1.2 and abs(p[1] - mid_y) < 14} or points
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4.8))
+    figure, axes = plt.subplots(1, 2, figsize=(9, 5))
     for axis in axes:
-        for kind, (members, colour, marker) in KINDS.items():
-            for x, y, across, up in (points[name] for name in members if name in points):
-                size = 6 + 5 * (marker == "*")
-                axis.errorbar(x, y, up, across, fmt=marker, color=colour, ms=size, elinewidth=0.8, label=kind)
-        axis.set(xlabel=unit, ylabel="held-out accuracy, per cent", xmargin=0.13, ymargin=0.13)
+        axis.set(xlabel=unit, ylabel="held-out accuracy, per cent")
+        for x, y, look in points:
+            axis.errorbar(x, y, **look)
     axes[0].set_xscale("log")
     axes[0].xaxis.set(**log_ticks())
-    xs, ys = ([point[i] for point in crowd.values()] for i in (0, 1))
-    axes[1].set(xlim=(min(xs) / 1.15, max(xs) * 1.15), ylim=(min(ys) - 6, max(ys) + 6))
+    mid_x, mid_y = (statistics.median(point[i] for point in points) for i in (0, 1))
+    near = [(x, y) for x, y, _ in points if mid_x / 2.3 < x < mid_x * 2.3 and abs(y - mid_y) < 14] or [(mid_x, mid_y)]
+    xs, ys = zip(*near, strict=True)
+    axes[1].set(xlim=(min(xs) / 1.1, max(xs) * 1.1), ylim=(min(ys) - 3, max(ys) + 3))
     for level, name, style in (("before", "base", "--"), ("ceiling", "base with the reference", ":")):
         height = statistics.mean(run[level] for runs in rows.values() for run in runs.values())
         axes[0].axhline(height, color="0.4", ls=style, lw=1, label=name)
-    finish(figure, f"{setting} references: mean and 95 % interval (seeds), right: the crowd from near", 4)
-    for axis, inside in zip(axes, (False, True), strict=True):  # a name stands in one of the two
-        label(axis, {f"{name} ({len(rows[name])})": point[:2] for name, point in points.items() if (name in crowd) == inside})
-    return figure
+    return finish(figure, f"{setting} references: mean and 95 % interval (seeds), right: the crowd from near", 5)
 
 
 def curves(found: dict, setting: str):
@@ -248,11 +219,11 @@ def budget(found: dict):
     for axis, setting in zip(axes[0], settings, strict=False):
         for (choice, share), colour, marker in zip(shares.items(), INK, "oDs", strict=False):
             known = {name: found[setting][name] for name in share if name in found[setting]}
-            points = [(share[name], *average(runs, "accuracy"), len(runs)) for name, runs in known.items()]
-            axis.plot([x for x, *_ in points], [y for _, y, *_ in points], color=colour, lw=1)
-            for x, y, half, n in points:
-                axis.errorbar(x, y, half, fmt=marker, color=colour, capsize=2, label=choice)
-                axis.annotate(f"({n})", (x, y + half), (0, 2), textcoords="offset points", ha="center", size=7)
+            points = [(share[name], *interval(runs, "accuracy"), len(runs)) for name, runs in known.items()]
+            if points:
+                axis.errorbar(*list(zip(*points, strict=True))[:3], fmt=marker + "-", color=colour, lw=1, capsize=2, label=choice)
+            for x, y, _, n in points:
+                axis.annotate(f"({n})", (x, y), (4, 3), textcoords="offset points", size=7)
         axis.set(title=setting, xticks=[*BUDGET.values()], ymargin=0.1, ylabel="accuracy, per cent")
         axis.set_xlabel("share of answers with contexts (.25: side by side)")
     return finish(figure, "UniSD* with agreement on a share of the answers only: mean and 95 % interval (seeds)", 3)

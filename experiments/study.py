@@ -6,9 +6,8 @@
 
 The idea: a cell of the table is one ordinary `python train.py` in a process of its own, with one thread, at most one per core.
 After every cell <out>/cells.json (the numbers of every run) and <out>/table.md (their means) are written; at the end report.py
-adds figures and the page of claims. Stop it at any moment: the same command goes on, and what is in cells.json is not run again,
-even if <out>/runs is gone. It exists so that no number is chosen by its result: whatever is finished is in the table, and
-whatever failed is named below it. This repository's own results are in experiments/results/.
+adds figures and the page of claims. Stop it at any moment: the same command goes on, from cells.json alone if need be. It exists
+so that no number is chosen by its result: whatever is finished is in the table, and whatever failed is named below it.
 
 Depends on tiny.toml (the plan), config.py; train.py and report.py as commands.   Try it:  python -m pytest tests/test_study.py -q
 """
@@ -23,9 +22,9 @@ import sys
 import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -42,16 +41,14 @@ QUICK, QUICK_SEEDS = PLAN["quick"]["rows"].split(), PLAN["quick"]["seeds"]
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One run: a row of ROWS under one of SETTINGS with a seed."""
+class Cell(NamedTuple):
+    """One run: a row of ROWS under one of SETTINGS with a seed. It is expected to take so many seconds of one core."""
 
     setting: str
     row: str
     seed: int
 
     def expected(self) -> int:
-        """Seconds of one core."""
         return next(seconds for name, seconds in PLAN["seconds"].items() if name in self.row)
 
 
@@ -93,9 +90,8 @@ def run_all(cells: list[Cell], out: Path, jobs: int, extra: list[str]) -> list[C
                 bar.set_description(f"{done}/{len(missing)} runs")
                 bar.update(cell.expected())
                 write(read(out), out)
-        except KeyboardInterrupt:  # what is running stops by itself or finishes; nothing new is started
+        finally:  # after Ctrl-C: what is running stops by itself or finishes; nothing new is started
             pool.shutdown(cancel_futures=True)
-            raise
     return failed
 
 
@@ -109,13 +105,12 @@ def read(out: Path) -> dict:
     step_of_sft, the step time relative to the median of the `sft` runs of the same day (days and machines differ by far more).
     """
     kept, found = out / "cells.json", {}
-    runs = json.loads(kept.read_text()) if kept.exists() else []
-    runs = [{key: math.nan if value is None else value for key, value in run.items()} for run in runs]
+    runs = json.loads(kept.read_text().replace(": null", ": NaN")) if kept.exists() else []
     for path in out.glob("runs/*/*-seed*/summary.json"):
         row, seed = path.parent.name.rsplit("-seed", 1)
         if seed.isdigit():
-            name = {"setting": path.parents[1].name, "row": row, "seed": int(seed)}
-            runs.append(name | numbers(path, path.stat().st_mtime_ns))
+            cell = Cell(path.parents[1].name, row, int(seed))
+            runs.append(cell._asdict() | numbers(path, path.stat().st_mtime_ns))
     place = lambda name, known: (list(known).index(name) if name in known else len(known), name)
     for run in sorted(runs, key=lambda run: (place(run["setting"], SETTINGS), place(run["row"], ROWS), run["seed"])):
         found.setdefault(run["setting"], {}).setdefault(run["row"], {})[run["seed"]] = run  # <out>/runs wins: it came last
@@ -135,10 +130,8 @@ def numbers(path: Path, stamp: int) -> dict:
     steps = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     seconds = [sum(value for key, value in step.items() if key.startswith("s_")) for step in steps]
     norms = sorted(step["grad_norm"] for step in steps[len(steps) // 10 :]) or [math.nan]  # without the warm-up
-    curves = {
-        key: [(step["step"], step[key]) for step in steps if step.get(key) is not None]
-        for key in ("student_accuracy", "teacher_accuracy", "div")
-    }
+    curve = lambda key: [(step["step"], step[key]) for step in steps if step.get(key) is not None]
+    curves = {key: curve(key) for key in ("student_accuracy", "teacher_accuracy", "div")}
     twenties = [curves["div"][i : i + 20] for i in range(0, len(curves["div"]), 20)]  # one step is noisy
     curves["div"] = [(part[-1][0], statistics.mean(value for _, value in part)) for part in twenties]
     before, after = summary["before"]["accuracy"], summary["after"]
@@ -160,12 +153,12 @@ def numbers(path: Path, stamp: int) -> dict:
     }
 
 
-def spread(values) -> tuple[float, float]:
-    """Mean and half-width of its 95 % interval (Student's t over the seeds); nan with a single seed."""
+def spread(values, least: int = 2) -> tuple[float, float]:
+    """Mean and half-width of its 95 % interval (Student's t over the seeds); nan with fewer than `least` seeds."""
     values = [value for value in values if value == value]  # a recipe of 0 steps has no time per step: nan
     n = len(values)
-    if n < 2:
-        return (values[0] if values else math.nan), math.nan
+    if n < least:
+        return (statistics.mean(values) if values else math.nan), math.nan
     return statistics.mean(values), STUDENT_T[min(n - 2, 8)] * statistics.stdev(values) / math.sqrt(n)
 
 
@@ -177,11 +170,6 @@ def median_and_range(values) -> tuple[float, float, float]:
 
 # --- writing: numbers -> the table
 
-HEAD = (
-    "Mean ± half of a 95 % interval over seeds (Student's t); a retention PPL whose half-width exceeds its mean: median [lowest, "
-    "highest]. Accuracy, gain over the base, OOD and families in per cent of held-out questions; JSD in nats per token; step time: "
-    "median over seeds, divided by that of `sft`, while other runs of that day shared the machine (`bench.py` measures it alone).\n"
-)
 COLUMNS = ["recipe", "accuracy", "gain", "OOD", "JSD to base", "retention PPL", "step time / SFT"]
 
 
@@ -206,7 +194,7 @@ def table_row(name: str, runs: list[dict], families: list[str]) -> str:
 
 def markdown(found: dict, out: Path) -> str:
     """The table as the README shows it, one for each setting; below it what failed and has not succeeded since."""
-    lines = [HEAD]
+    lines = [PLAN["page"]["table"]]
     for setting in dict.fromkeys([*found, *sorted(path.name for path in out.glob("runs/*"))]):
         rows = {name: list(runs.values()) for name, runs in found.get(setting, {}).items()}
         failed = [p for p in sorted(out.glob(f"runs/{setting}/*/failed.txt")) if not p.with_name("summary.json").exists()]
@@ -228,12 +216,10 @@ def write(found: dict, out: Path) -> str:
     """<out>/table.md and cells.json, each replaced in one go. -> the former."""
     out.mkdir(parents=True, exist_ok=True)
     table = markdown(found, out)
-    cells = [json.dumps(run) for rows in found.values() for runs in rows.values() for run in runs.values()]
-    cells = ",\n".join(cells).replace("NaN", "null")
-    for name, content in (("table.md", table), ("cells.json", f"[\n{cells}\n]")):
-        new = out / (name + ".new")
-        new.write_text(content + "\n")
-        os.replace(new, out / name)
+    cells = ",\n".join(json.dumps(run) for rows in found.values() for runs in rows.values() for run in runs.values())
+    for name, content in (("table.md", table), ("cells.json", f"[\n{cells}\n]".replace(": NaN", ": null"))):
+        (out / f"{name}.new").write_text(content + "\n")
+        (out / f"{name}.new").replace(out / name)
     return table
 
 
