@@ -26,25 +26,15 @@ from experiments import study
 from experiments.study import PLAN
 
 MIN_SEEDS = 3  # no verdict and no error bar from fewer: with two, Student's t is 12.7
-SMALL = 1.0  # points of accuracy, 5 of the 500 held-out questions: a smaller advantage is none
-CLOSE = 2.0  # points of accuracy: about what a recipe differs by from seed to seed
-FACTOR = 1.5  # between step times: other work on the machine moves them by as much
-
-METRICS = {  # name in a rule -> key of a run's numbers, how a difference is printed, the advantage that is too small to count
-    "accuracy": ("accuracy", "{:+.1f}", SMALL),
-    "every family": ("by_task", "{:+.1f}", 0.0),
-    "worst family": ("worst_family", "{:+.1f}", 0.0),
-    "JSD": ("jsd", "{:+.4f}", 0.0),
-    "retention PPL": ("retention_ppl", "{:+,.2f}", 0.0),
-    "gradient norm": ("grad_norm_95", "{:+.3f}", 0.0),
-    "step time": ("step_of_sft", "ratio", 0.0),
-}
+MARGINS = PLAN["margins"]
+METRICS = PLAN["metrics"]  # name in a rule -> key of a run's numbers, how a difference is printed, the margin of an advantage
+CLOSE, FACTOR = MARGINS["close"], math.log(MARGINS["factor"])
 SIGNS = {  # sign -> the bounds that the interval of a - b must keep: direction (1 from below, -1 from above), bound
     ">": [(1, 0.0)],
     "<": [(-1, 0.0)],
     "≥": [(1, -CLOSE)],
     "~": [(1, -CLOSE), (-1, -CLOSE)],
-    "×": [(1, -math.log(FACTOR)), (-1, -math.log(FACTOR))],  # of log(a / b) - log(the number after the sign)
+    "×": [(1, -FACTOR), (-1, -FACTOR)],  # of log(a / b) - log(the number after the sign)
 }
 BUDGET = {"star-no-agreement": 0.0, "budget-10": 0.1, "budget-25": 0.25, "budget-50": 0.5, "unisd-star": 1.0}
 COLOURS = [INK[1], "black", INK[0], INK[2], INK[3], INK[4]]
@@ -91,7 +81,7 @@ def condition(rule: str, rows: dict) -> tuple[int, str]:
     """'accuracy: ema > sd clip' -> does it hold (+1, 0, -1), and the numbers that say so."""
     metric, rest = rule.strip().split(": ")
     row, sign, *baselines = rest.split()
-    key, form, small = METRICS[metric]
+    key, form, margin = METRICS[metric]
     head = f"{metric}, `{row}` {'/' if form == 'ratio' else '−'} "
     if metric == "every family":
         head = f"`{row}` − `{baselines[0]}`: "
@@ -100,7 +90,7 @@ def condition(rule: str, rows: dict) -> tuple[int, str]:
     else:
         gaps = [gap(rows, row, baseline, key, form) for baseline in baselines]
     center = math.log(float(sign[1:] or 1))
-    small *= sign in "<>"  # the margins of the other signs are in their bounds
+    small = MARGINS[margin] if margin and sign in "<>" else 0.0  # the margins of the other signs are in their bounds
     verdicts = [g.above(way, bound + way * center, small) for g in gaps for way, bound in SIGNS[sign[0]]]
     return min(verdicts), head + ", ".join(map(str, gaps))
 
@@ -113,7 +103,7 @@ def judge(rule: str, rows: dict) -> tuple[int, str]:
 
 def page(found: dict, figures: list[str]) -> str:
     """claims.md: rules and verdicts per setting; outside the clean one, only claims about which there is a number."""
-    lines = [PLAN["page"]["claims"].format(SMALL=SMALL, CLOSE=CLOSE, FACTOR=FACTOR, MIN_SEEDS=MIN_SEEDS)]
+    lines = [PLAN["page"]["claims"].format(seeds=MIN_SEEDS, **MARGINS)]
     for setting, rows in found.items():
         flags = " ".join(study.SETTINGS.get(setting, ())) or "no extra flags"
         for part in PLAN["claims"]:

@@ -59,9 +59,9 @@ def run(cell: Cell, out: Path, extra: list[str]) -> str:
     """One training run; goes on where an interrupted one stopped. -> "" or why it failed, also in failed.txt there."""
     folder = out / "runs" / cell.setting / f"{cell.row}-seed{cell.seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "train.py", *ROWS[cell.row], "--seed", str(cell.seed), "--out", str(folder)]
-    command += [*SETTINGS[cell.setting], "--sample-every", "0", "--teacher-every", "60", *extra]
-    command += ["--resume"] if (folder / "settings.json").exists() else []
+    resume = ["--resume"] if (folder / "settings.json").exists() else []
+    flags = ["--seed", str(cell.seed), "--out", str(folder), "--sample-every", "0", "--teacher-every", "60", *extra, *resume]
+    command = [sys.executable, "train.py", *ROWS[cell.row], *SETTINGS[cell.setting], *flags]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     (folder / "failed.txt").unlink(missing_ok=True)
     if done.returncode in (0, 130):  # 130: stopped by hand
