@@ -126,10 +126,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", default="runs/break", help="where the runs are kept")
     parser.add_argument("--figures", default=str(FIGURES), help="where the figures go")
     args = parser.parse_args(argv)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
-    found = {name: train_once(name, out, args.steps) for name in args.only}
+    found = {name: train_once(name, Path(args.out), args.steps) for name in args.only}
     print("figures:", ", ".join(draw(found, Path(args.figures))) or "none (their runs are not all there)")
     keys = ("accuracy", "eos", "length", "jsd_to_base")
     print("| run | " + " | ".join(keys) + " |\n|---" + "|---" * len(keys) + "|")

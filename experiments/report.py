@@ -62,10 +62,11 @@ class Gap(NamedTuple):
         if not self.n:
             return f"{self.name} missing"
         if self.form == "ratio":
-            low, mean, high = (math.exp(x) for x in (self.mean - self.half, self.mean, self.mean + self.half))
-            return f"{self.name} {mean:.2f}" + (f" [{low:.2f}, {high:.2f}]" if self.n > 1 else "") + f" ({self.n})"
-        half = f" ± {self.form.replace('+', '').format(self.half)}" if self.n > 1 else ""
-        return f"{self.name} {self.form.format(self.mean).replace('-', '−')}{half} ({self.n})"
+            ends = math.exp(self.mean - self.half), math.exp(self.mean + self.half)
+            numbers = "{:.2f} [{:.2f}, {:.2f}]".format(math.exp(self.mean), *ends)
+        else:
+            numbers = f"{self.form} ± {self.form.replace('+', '')}".format(self.mean, self.half).replace("-", "−")
+        return f"{self.name} {numbers} ({self.n})".replace(" ± nan", "").replace(" [nan, nan]", "")  # a single seed
 
 
 def gap(rows: dict, a: str, b: str, key: str, form: str = "{:+.1f}", name: str = "") -> Gap:

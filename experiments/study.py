@@ -176,20 +176,15 @@ COLUMNS = ["recipe", "accuracy", "gain", "OOD", "JSD to base", "retention PPL", 
 def table_row(name: str, runs: list[dict], families: list[str]) -> str:
     """One row of ROWS under one setting: COLUMNS, families, the number of seeds."""
     values = lambda key: [run[key] for run in runs]
-    or_dash = lambda value, decimals: f"{value:.{decimals}f}" if value == value else "–"
-
-    def interval(key: str, decimals: int) -> str:
-        mean, half = spread(values(key))
-        return f"{mean:,.{decimals}f}" + (f" ± {half:,.{decimals}f}" if half == half else "")
-
+    interval = lambda key, decimals: "{:,.{d}f} ± {:,.{d}f}".format(*spread(values(key)), d=decimals)
     ppl, half = spread(values("retention_ppl"))
     drift = interval("retention_ppl", 2 if ppl < 100 else 0)
     if half > ppl:  # orders of magnitude between seeds: mean ± half would reach below 0
         drift = "{:,.0f} [{:,.0f}, {:,.0f}]".format(*median_and_range(values("retention_ppl")))
-    entries = [name, interval("accuracy", 1), f"{spread(values('gain'))[0]:+.1f}", interval("ood", 1), interval("jsd", 4), drift]
-    entries.append(or_dash(median_and_range(values("step_of_sft"))[0], 1))
-    entries += [or_dash(spread(run["by_task"].get(family, math.nan) for run in runs)[0], 0) for family in families]
-    return f"| {' | '.join(entries)} | {len(runs)} |"
+    entries = [interval("accuracy", 1), f"{spread(values('gain'))[0]:+.1f}", interval("ood", 1), interval("jsd", 4), drift]
+    entries += [f"{median_and_range(values('step_of_sft'))[0]:.1f}"]
+    entries += [f"{spread(run['by_task'].get(family, math.nan) for run in runs)[0]:.0f}" for family in families]
+    return f"| {name} | {' | '.join(entries).replace(' ± nan', '').replace('nan', '–')} | {len(runs)} |"
 
 
 def markdown(found: dict, out: Path) -> str:
