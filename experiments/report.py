@@ -209,8 +209,8 @@ def budget(found: dict):
     figure, axes = plt.subplots(1, max(1, len(settings)), figsize=(9, 3.6), squeeze=False)
     for axis, setting in zip(axes[0], settings, strict=False):
         for (choice, share), colour, marker in zip(shares.items(), INK, "oDs", strict=False):
-            known = {name: found[setting][name] for name in share if name in found[setting]}
-            points = [(share[name], *interval(runs, "accuracy"), len(runs)) for name, runs in known.items()]
+            known = [(x, found[setting][name]) for name, x in share.items() if name in found[setting]]
+            points = [(x, *interval(runs, "accuracy"), len(runs)) for x, runs in known]
             if points:
                 axis.errorbar(*list(zip(*points, strict=True))[:3], fmt=marker + "-", color=colour, lw=1, capsize=2, label=choice)
             for x, y, _, n in points:
