@@ -4,9 +4,7 @@ import sys
 
 
 def any_console() -> None:
-    """Print "?" for a character that the terminal does not have, instead of ending the run: an answer with an emoji on a
-    Windows console (cp1252), or a server without a locale (ASCII). Every entry point calls it first.
-    """
+    """Print "?" for a character that the terminal does not have (an emoji on cp1252, "é" on ASCII): it must end no run."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has none, and needs none
             stream.reconfigure(errors="replace")

@@ -36,7 +36,7 @@ class Head:
     softcap: float | None = None  # Gemma 2: logits = cap * tanh(logits / cap)
 
     def __call__(self, states: Tensor, temperature: float = 1.0) -> Tensor:
-        """Whole log-probabilities at once, for a few tokens. (n, H) -> (n, V)"""
+        """Whole log-probabilities at once, for a few tokens; no gradient reaches the head's weights. (n, H) -> (n, V)"""
         ready = self.ready(states)
         return ready.logps(ready.logits(states), temperature)
 
@@ -194,9 +194,8 @@ class _ThroughHead(torch.autograd.Function):
                         teacher_logits = None  # freed before the next ones are made
                         teacher_logits = teacher_head.logits(teacher[which.start : min(which.start + side, block.stop)])
                     leaf = logits[part].detach().requires_grad_(need_states or need_weight or need_bias)
-                    goal = None if teacher is None else teacher_logits[begin : begin + piece]
-                    with torch.enable_grad():
-                        loss, out = terms(leaf, goal, which)
+                    with torch.enable_grad():  # no name for the teacher's piece: as a view it would keep its whole block alive
+                        loss, out = terms(leaf, None if teacher is None else teacher_logits[begin : begin + piece], which)
                     total = total + loss.detach()
                     kept.append(out)
                     if leaf.requires_grad and loss.requires_grad:
@@ -213,7 +212,7 @@ class _ThroughHead(torch.autograd.Function):
                     grad_weight[: head.vocab] += logits.T @ h
                 if need_bias:
                     grad_bias[: head.vocab] += logits.sum(0)
-                del logits, teacher_logits, leaf, goal, loss  # before the next chunk's are made; two are views
+                del logits, teacher_logits, leaf, loss  # before the next chunk's are made; `leaf` is a view
         values.update({name: torch.cat([out[name] for out in kept]) for name in kept[0]})
         ctx.save_for_backward(grad_states, grad_weight, grad_bias)
         return total

@@ -49,18 +49,17 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, str, str]:
     Raises ValueError if the device that was asked for is not there.
     """
     device_reason = dtype_reason = "given"
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
-        device, device_reason = (
-            ("cuda", "a CUDA device is there") if torch.cuda.is_available() else ("cpu", "no CUDA device is there")
-        )
+        device, device_reason = ("cuda", "a CUDA device is there") if cards else ("cpu", "no CUDA device is there")
     try:
         target = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"--device {device} does not exist; use auto, cpu, cuda, cuda:1 or mps") from error
     if target.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"--device {device} is not supported; use auto, cpu, cuda, cuda:1 or mps")
-    if target.type == "cuda" and (not torch.cuda.is_available() or (target.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"--device {device}: no such CUDA device; there are {torch.cuda.device_count()}; use cpu or auto")
+    if target.type == "cuda" and (target.index or 0) >= cards:
+        raise ValueError(f"--device {device}: no such CUDA device; there are {cards}; use cpu or auto")
     if target.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"--device {device}: this machine or this build of torch has no Apple GPU; use cpu or auto")
     hardware = torch.cuda.get_device_name(target) if target.type == "cuda" else target.type
@@ -77,9 +76,7 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, str, str]:
 
 @dataclass
 class Loaded:
-    """A model that is ready to answer. `vocab` is the tokenizer's size: embeddings beyond it are padding and never get
-    mass.
-    """
+    """A model that is ready to answer. `vocab`, the tokenizer's size: embeddings beyond it are padding, never answers."""
 
     model: nn.Module
     tokenizer: object
@@ -93,49 +90,39 @@ class Loaded:
     ranks: Alone = ALONE  # the processes that share the answering
 
     def autocast(self):
-        """Matmuls in bf16 or fp16 on fp32 weights, where chosen; nothing otherwise. Leave it before weights are swapped:
-        it caches casts.
-        """
+        """Matmuls in bf16 or fp16 on fp32 weights, where chosen. Leave it before weights are swapped: it caches casts."""
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.dtype)
         return torch.autocast(self.device.type, dtype=half, enabled=half is not None)
 
     def add_lora(self, rank: int, alpha: int, dropout: float) -> None:
-        """Freeze the weights and train LoRA factors beside the attention and MLP projections. Raises ValueError without
-        peft.
-        """
+        """Freeze the weights, train LoRA factors beside the attention and MLP projections. ValueError without peft."""
         try:
             import peft
         except ImportError as error:
-            raise ValueError("--lora-rank needs peft: pip install peft, or train all weights by --lora-rank 0") from error
+            raise ValueError("--lora-rank needs peft: pip install peft, or use --lora-rank 0") from error
         decoder = {id(m) for m in self.model.get_decoder().modules()}  # not the vision tower of a multimodal model
         names = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
         targets = [n for n, m in self.model.named_modules() if n.split(".")[-1] in names and id(m) in decoder]
         if not targets:
-            raise ValueError(f"--lora-rank: {self.name} has none of the projections {', '.join(names)}; use --lora-rank 0")
+            raise ValueError(f"--lora-rank: {self.name} has none of {', '.join(names)}; use --lora-rank 0")
         config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
         # This puts the factors into `model`, which stays what everyone reads.
         self.adapter = peft.get_peft_model(self.model, config)
 
     def merge(self) -> None:
-        """Make a loaded adapter part of the weights: what is trained next starts from there, and "the base" is that
-        too.
-        """
+        """Make a loaded adapter part of the weights: what is trained next starts there, and so does "the base"."""
         if self.adapter:
             self.model, self.adapter = self.adapter.merge_and_unload(), None
 
     def train_text_only(self) -> None:
-        """Freeze what never gets a gradient from text (a vision tower): it would only cost optimizer and averages their
-        memory.
-        """
+        """Freeze what no text gives a gradient (a vision tower): it would only cost memory in optimizer and averages."""
         used = {id(p) for m in (self.model.get_decoder(), self.model.get_output_embeddings()) for p in m.parameters()}
         for p in self.model.parameters():
             p.requires_grad_(p.requires_grad and id(p) in used)
 
     @contextmanager
     def applied_to(self, model: nn.Module):
-        """`with lm.applied_to(lm.model):` the base as it was: the adapter is off. The frozen teacher under LoRA costs
-        no copy.
-        """
+        """The base as it was, the adapter off: under LoRA the frozen teacher costs no copy."""
         with self.adapter.disable_adapter():
             yield model
 
@@ -161,9 +148,7 @@ def completion_mask(ids: Tensor, eos: list[int]) -> Tensor:
 
 
 def left_pad(prompts: list[list[int]], device) -> tuple[Tensor, Tensor]:
-    """Prompts of any lengths -> ids and mask, (B, longest) each. On the left, so that every next token is the last
-    column's.
-    """
+    """Prompts of any lengths -> ids and mask, (B, longest) each. Padded on the left: what comes next is one column."""
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -171,9 +156,7 @@ def left_pad(prompts: list[list[int]], device) -> tuple[Tensor, Tensor]:
 
 
 def right_pad(rows: list[list[int]], device, fill: int = 0) -> tuple[Tensor, Tensor]:
-    """Completions or texts of any lengths -> ids and mask, (B, longest) each. On the right, where a causal model cannot
-    see it.
-    """
+    """Texts of any lengths -> ids and mask, (B, longest) each. Padded on the right, where a causal model does not look."""
     width = max(map(len, rows))
     ids = torch.tensor([r + [fill] * (width - len(r)) for r in rows], device=device)
     return ids, torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=device)
@@ -234,7 +217,8 @@ def generate(
 
 def decode(lm: Loaded, ids: Tensor, mask: Tensor) -> list[str]:
     """The text of each completion, without end-of-text and padding."""
-    return [lm.tokenizer.decode(row[m.bool()], skip_special_tokens=True).strip() for row, m in zip(ids, mask, strict=True)]
+    written = [row[m.bool()] for row, m in zip(ids, mask, strict=True)]
+    return [lm.tokenizer.decode(row, skip_special_tokens=True).strip() for row in written]
 
 
 def end_ids(model: nn.Module, tokenizer) -> list[int]:

@@ -1,14 +1,11 @@
-"""break_it.py - break a run on purpose, and draw the plot that betrays it (the figures of troubleshooting.md).
+"""break_it.py - break a run on purpose, and draw the plot that betrays it: the figures of docs/troubleshooting.md.
 
     python -m experiments.break_it                 all runs, then all figures
     python -m experiments.break_it --only good lr  some runs; a finished run is kept, so the rest can follow later
 
-What: short runs of the tiny model (seed 0), each with one thing wrong, beside one in which it is right. Nothing of the
-project is changed: a wrong setting is a setting, and the wrong completion mask is put in the place of the right one for
-one run. Beside log.jsonl, what the log does not have is kept: how the student's *held-out* answers end, and the weights
-of single tokens.
-
-Depends on train.py.   Read with it: docs/troubleshooting.md
+The idea: short runs of the tiny model (seed 0), each with one thing wrong, beside one in which it is right. Two things are kept
+that log.jsonl does not have: how the student's *held-out* answers end, and the weights of single tokens. It exists so that
+docs/troubleshooting.md shows the signs of a broken run as they were measured, not as one would expect them.   Depends on train.py
 """
 
 import argparse
@@ -16,14 +13,15 @@ import io
 import json
 import shutil
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
 import train
-from engine import metrics, rollout
+from engine import metrics
 from engine.config import make
 from engine.watch import INK
 
@@ -42,165 +40,99 @@ RUNS = {  # name -> recipe, overrides; a name that ends in "pad" runs with the w
     "sft-pad": ("sft", {}),
     "sd-pad": ("sd", {}),
 }
-PLOTS = {  # file -> label of the y axis, key, {run: label}
-    "length": ("sample length, tokens", "length", {"good": "good", "live": "live teacher, reverse KL, T 2"}),
-    "entropy": ("entropy, nats per token", "entropy", {"good": "good", "clip": "clip at 0.05 nats", "fast": "EMA 0.5 every step"}),
-    "eos": ("answers that end, per cent", "held_out_eos", {"sft": "SFT, right mask", "sft-pad": "SFT, mask by pad id"}),
-    "teacher": (
-        "teacher accuracy, per cent",
-        "teacher_accuracy",
-        {"slow": "EMA 0.98 every 10 steps", "fast": "EMA 0.5 every step"},
-    ),
-    "gradient": ("gradient norm", "grad_norm", {"good": "good, lr 1e-3", "lr": "lr 3e-2"}),
+CLIP, EMA, LIVE, NATS = "clip at 0.05 nats", "EMA 0.5 every step", "live teacher, reverse KL, T 2", "nats per token"
+PLOTS = {  # figure -> {key of a log row: label of the y axis}, {run: label}
+    "length": ({"length": "sample length, tokens"}, {"good": "good", "live": LIVE}),
+    "entropy": ({"entropy": f"entropy, {NATS}"}, {"good": "good", "clip": CLIP, "fast": EMA}),
+    "eos": ({"held_out_eos": "answers that end, per cent"}, {"sft": "SFT, right mask", "sft-pad": "SFT, mask by pad id"}),
+    "teacher": ({"teacher_accuracy": "teacher accuracy, per cent"}, {"slow": "EMA 0.98 every 10 steps", "fast": EMA}),
+    "gradient": ({"grad_norm": "gradient norm"}, {"good": "good, lr 1e-3", "lr": "lr 3e-2"}),
+    "divergence": ({"loss": f"loss, {NATS}", "div": f"div, {NATS}"}, {"good": "good", "clip": CLIP, "live": LIVE}),
+    "weights": ({"weights": "tokens of the last step"}, {"gamma": "gamma 1", "gamma100": "gamma 100"}),
 }
 
 
-@contextmanager
-def mask_by_pad():
-    """The completion mask of `ids != pad`, for a model whose pad token is its end token: the end itself is masked."""
-    mask_of, pad_of = rollout.completion_mask, train.right_pad
-
-    def without_the_end(ids, eos):
-        mask = mask_of(ids, eos)
-        return mask * ~(rollout.torch.isin(ids, rollout.torch.tensor(eos)))
-
-    def padded(rows, device, fill=0):
-        ids, mask = pad_of(rows, device, fill)
-        return ids, mask * (ids != fill)
-
-    rollout.completion_mask, train.right_pad = without_the_end, padded
-    try:
-        yield
-    finally:
-        rollout.completion_mask, train.right_pad = mask_of, pad_of
-
-
-@contextmanager
-def kept(history: list, weights: list):
-    """Keep how the student's held-out answers ended at each measurement, and the last step's weights, token by token."""
-    measure, score = metrics.measure, train.score_teachers
-
-    def measured(lm, task, examples, with_reference=False, limit=0, cache=None):
-        mask_of, rollout.completion_mask = rollout.completion_mask, RIGHT_MASK  # judged by the right mask, always
-        try:
-            found = measure(lm, task, examples, with_reference, limit, cache)
-        finally:
-            rollout.completion_mask = mask_of
-        if not with_reference:
-            history.append({"held_out_eos": found["eos"], "held_out_length": found["length"]})
-        return found
-
-    def scored(model, teacher, batch, *args):
-        targets = score(model, teacher, batch, *args)
-        weights[:] = targets.weights[batch.mask.bool()].tolist()
-        return targets
-
-    metrics.measure, train.score_teachers = measured, scored
-    try:
-        yield
-    finally:
-        metrics.measure, train.score_teachers = measure, score
-
-
-RIGHT_MASK = rollout.completion_mask
-
-
-def signs(name: str, out: Path, steps: int) -> dict:
+def train_once(name: str, out: Path, steps: int) -> dict:
     """One run -> {"rows": its log with the held-out endings, "weights": of the last step, "after": accuracy and more}."""
-    file = out / f"{name}.json"
+    file, folder = out / f"{name}.json", out / name
     if file.exists():
         return json.loads(file.read_text())
+    held_out_eos, weights = [], []
+    measure, weigh_step, write_answers = metrics.measure, train.weigh_step, train.write_answers
+
+    def keep_endings(lm, task, examples, with_reference=False, *options):
+        result = measure(lm, task, examples, with_reference, *options)
+        held_out_eos.extend([] if with_reference else [result["eos"]])
+        return result
+
+    def keep_weights(reader, *options):
+        result = weigh_step(reader, *options)
+        weights[:] = result[0].reliability[reader.batch.mask.bool()].tolist()
+        return result
+
+    def mask_by_pad(run, *options):
+        """The mask of `ids != pad`, for a model whose pad token is its end token: the end itself is masked."""
+        ids, mask = write_answers(run, *options)
+        return ids, mask * ~torch.isin(ids, torch.tensor(run.lm.eos))
+
     recipe, overrides = RUNS[name]
-    folder, history, weights = out / name, [], []
     shutil.rmtree(folder, ignore_errors=True)
-    cfg = make(recipe, steps=steps, out=str(folder), **(SMALL | overrides))
-    with kept(history, weights):
-        if name.endswith("pad"):
-            with mask_by_pad():
-                after = train.main(cfg)["after"]
-        else:
-            after = train.main(cfg)["after"]
+    answers = mask_by_pad if name.endswith("pad") else write_answers
+    with patch.object(metrics, "measure", keep_endings):
+        with patch.multiple(train, weigh_step=keep_weights, write_answers=answers):
+            after = train.main(make(recipe, steps=steps, out=str(folder), **(SMALL | overrides)))["after"]
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    # The untouched model is measured twice (in and out of distribution) before the first step, and twice after the last.
-    for row, found in zip([r for r in rows if "student_accuracy" in r], history[2:-2], strict=True):
-        row.update(found)
-    found = {"rows": rows, "weights": weights, "after": after | history[-2]}
+    # The model alone is measured twice (in and out of distribution) before the first step, and twice after the last.
+    for row, eos in zip([row for row in rows if "student_accuracy" in row], held_out_eos[2:-2], strict=True):
+        row["held_out_eos"] = eos
+    found = {"rows": rows, "weights": weights, "after": after}
     file.write_text(json.dumps(found))
     return found
 
 
 def draw(found: dict[str, dict], folder: Path) -> list[str]:
     """Every figure whose runs are there. -> their names"""
-    done = []
-    for file, (label, key, runs) in PLOTS.items():
-        if runs.keys() <= found.keys():
-            figure, axis = panel()
-            lines(axis, {text: points(found[run], key) for run, text in runs.items()})
-            top = 1.08 * axis.dataLim.y1
-            axis.set(xlabel="optimizer step", ylabel=label, ylim=(0, top))
-            save(figure, folder, file, done)
-    if {"good", "clip", "live"} <= found.keys():
-        figure = Figure(figsize=(8, 3.4), layout="constrained")
-        texts = {"good": "good", "clip": "clip at 0.05 nats", "live": "live teacher, reverse KL, T 2"}
-        for axis, key in zip(figure.subplots(1, 2), ("loss", "div"), strict=True):
-            lines(axis, {text: points(found[run], key) for run, text in texts.items()})
-            axis.set(xlabel="optimizer step", ylabel=f"{key}, nats per token", yscale="log")
-        save(figure, folder, "divergence", done)
-    if {"gamma", "gamma100"} <= found.keys():
-        figure, axis = panel()
-        bins, texts = [i / 25 for i in range(26)], {"gamma": "gamma 1", "gamma100": "gamma 100"}
-        axis.hist([found[run]["weights"] for run in texts], bins, label=texts.values(), color=INK[:2])
-        axis.set(xlabel="agreement weight of a token", ylabel="tokens of the last step", yscale="log")
-        axis.legend()
-        save(figure, folder, "weights", done)
-    return done
-
-
-def panel():
-    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
-    return figure, figure.subplots()
-
-
-def points(found: dict, key: str) -> list[tuple]:
-    return [(r["step"], r[key]) for r in found["rows"] if r.get(key) is not None]
-
-
-def lines(axis, curves: dict) -> None:
-    """Curves that differ in colour, dash and marker, so that they can be told apart in grey too."""
-    for (text, xy), colour, dash, mark in zip(curves.items(), INK, ("-", "--", ":"), "os^", strict=False):
-        every = max(1, len(xy) // 6)
-        axis.plot(*zip(*xy, strict=True), dash, color=colour, label=text, lw=1.6, marker=mark, ms=4, markevery=every)
-    axis.grid(alpha=0.25)
-    axis.legend(fontsize=8)
-
-
-def save(figure, folder: Path, file: str, done: list) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    pixels = io.BytesIO()
-    figure.savefig(pixels, dpi=90)
-    Image.open(pixels).convert("RGB").quantize(64).save(folder / f"{file}.png", optimize=True)  # a third of the size
-    done.append(file)
+    names = [name for name, (_, labels) in PLOTS.items() if labels.keys() <= found.keys()]
+    for name in names:
+        keys, labels = PLOTS[name]
+        figure = Figure(figsize=(5.6 if len(keys) == 1 else 8, 3.4), layout="constrained")
+        for axis, (key, label) in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys.items(), strict=True):
+            if key == "weights":
+                weights = [found[run][key] for run in labels]
+                axis.hist(weights, bins=25, range=(0, 1), label=labels.values(), color=INK[: len(labels)])
+                axis.set(xlabel="agreement weight of a token", ylabel=label, yscale="log")
+            else:  # colour, dash and marker differ, so that curves can be told apart in grey too
+                axis.set_prop_cycle(color=INK[:3], linestyle=["-", "--", ":"], marker=list("os^"))
+                for run, text in labels.items():
+                    points = [(row["step"], row[key]) for row in found[run]["rows"] if row.get(key) is not None]
+                    axis.plot(*zip(*points, strict=True), label=text, lw=1.6, ms=4, markevery=max(1, len(points) // 6))
+                axis.grid(alpha=0.25)
+                scale = dict(yscale="log") if name == "divergence" else dict(ylim=(0, 1.08 * axis.dataLim.y1))
+                axis.set(xlabel="optimizer step", ylabel=label, **scale)
+            axis.legend(fontsize=8)
+        pixels = io.BytesIO()
+        figure.savefig(pixels, dpi=90)
+        Image.open(pixels).convert("RGB").quantize(64).save(folder / f"{name}.png", optimize=True)  # a third of the size
+    return names
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing, draw the figures, print the table."""
-    parser = argparse.ArgumentParser(
-        description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    look = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=main.__doc__, **look)
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="runs")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each run, at least 10")
     parser.add_argument("--out", default="runs/break", help="where the runs are kept")
     parser.add_argument("--figures", default=str(FIGURES), help="where the figures go")
     args = parser.parse_args(argv)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
-    found = {name: signs(name, out, args.steps) for name in args.only}
+    found = {name: train_once(name, Path(args.out), args.steps) for name in args.only}
     print("figures:", ", ".join(draw(found, Path(args.figures))) or "none (their runs are not all there)")
-    keys = ("accuracy", "held_out_eos", "held_out_length", "jsd_to_base")
+    keys = ("accuracy", "eos", "length", "jsd_to_base")
     print("| run | " + " | ".join(keys) + " |\n|---" + "|---" * len(keys) + "|")
-    for name, f in found.items():
-        print(f"| {name} | " + " | ".join(f"{f['after'][k]:.3g}" for k in keys) + " |")
+    for name, run in found.items():
+        print(f"| {name} | " + " | ".join(f"{run['after'][key]:.3g}" for key in keys) + " |")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,10 @@
 
     task, manifest = load_task("scienceqa", train_size=2000, test_size=500)
 
-What: draw, convert (records.py), add proven negatives (negatives.py), and write down in the manifest what was read, kept, dropped
-and why. For a name and a seed the examples and their order are the same, whatever the recipe; the test examples are the same
-for every seed. `datasets` is imported only when a data set of the hub is asked for, and code from the hub is never run. Your own
-questions come in by jsonl.py.
-
-Not like the official code: every method is trained on the same examples (there, contrast on MBPP saw a third of them), and a
-record that cannot be used is counted, not lost.
+It draws records, converts them (records.py), adds proven negatives (negatives.py), and says in the manifest what was read, kept,
+dropped and why. It exists so that runs can be compared: for a name and a seed the examples and their order are the same, whatever
+the recipe, and the test examples are the same for every seed. `datasets` is imported only when a data set of the hub is asked for,
+and code from the hub is never run.
 
 Depends on data.py, records.py, scoring.py, negatives.py.   Try it:  python -m pytest tests/test_benchmarks.py -q
 """
@@ -33,23 +30,20 @@ def load_task(
     """
     if name not in BENCHMARKS:
         raise ValueError(f"--data {name}: no such data set; there are {', '.join(BENCHMARKS)}, or give a .jsonl file")
-    if min(train_size or 0, test_size) < 0:
-        raise ValueError(f"a size of {min(train_size or 0, test_size)} is negative; 0 takes all there is")
+    if (smallest := min(train_size or 0, test_size)) < 0:
+        raise ValueError(f"a size of {smallest} is negative; 0 takes all there is")
     benchmark = BENCHMARKS[name]
     if benchmark.evaluation_only and train_size is not None:
-        used_by = ", ".join(b.name for b in BENCHMARKS.values() if b.ood == name)
-        raise ValueError(
-            f"--data {name} is for evaluation only, nothing may be trained on it"
-            + (f"; train on {used_by}, which is also tested on it" if used_by else "")
-        )
+        used_by = ", ".join(other.name for other in BENCHMARKS.values() if other.ood == name)
+        advice = f"; train on {used_by}, which is also tested on it" if used_by else ""
+        raise ValueError(f"--data {name} is for evaluation only, nothing may be trained on it{advice}")
     manifest = {"data": name, "hub": benchmark.hub, "config": benchmark.config, "seed": seed}
-    train: list[Example] = []
+    train, ood = [], []
     if train_size is not None:
         train, manifest["train"] = draw(benchmark, "train", train_size, seed)
         if negatives:
             train, manifest["negatives"] = add_negatives(train, seed)
     test, manifest["test"] = draw(benchmark, "test", test_size, seed)
-    ood: list[Example] = []
     if benchmark.ood:
         try:
             ood, manifest["ood"] = draw(BENCHMARKS[benchmark.ood], "test", test_size, seed)
@@ -61,9 +55,7 @@ def load_task(
 
 
 def score(task: str, example: Example, completion: str) -> dict:
-    """One completion, judged as a question of `task` (for many use `score_all`). Raises ValueError if it is another
-    task's.
-    """
+    """One completion, judged as a question of `task` (for many use `score_all`). Raises ValueError if it is another task's."""
     if task != example.task:
         raise ValueError(f"this example belongs to task {example.task!r}, not to {task!r}")
     return score_all([example], [completion])[0]
@@ -77,31 +69,30 @@ def draw(benchmark: Benchmark, side: str, size: int, seed: int) -> tuple[list[Ex
     """
     seed = seed if side == "train" else 0  # of the options, too: a test question looks the same in every run
     rows = _rows(benchmark, side)
-    order = random.Random(f"{benchmark.name}-{side}-{seed}").sample(range(len(rows)), len(rows))
-    kept, dropped, read = {}, Counter(), 0
-    for index in order:
+    kept, dropped = {}, Counter()
+    for index in random.Random(f"{benchmark.name}-{side}-{seed}").sample(range(len(rows)), len(rows)):
         if size and len(kept) == size:
             break
-        read += 1
         try:
             kept[index] = benchmark.to_example(rows[index], index, seed)
         except Skip as skip:
             dropped[str(skip)] += 1
     if not kept:
         raise ValueError(f"--data {benchmark.name}: no record of its {side} side can be used: {dict(dropped)}")
+    read = len(kept) + dropped.total()
     count = {"data": benchmark.name, "rows": len(rows), "read": read, "kept": len(kept), "dropped": dict(dropped)}
-    return [kept[i] for i in (kept if side == "train" else sorted(kept))], count
+    return [kept[index] for index in (kept if side == "train" else sorted(kept))], count
 
 
 def _rows(benchmark: Benchmark, side: str) -> Sequence[dict]:
     """The raw records of the "train" or "test" side. Tests put their own in its place."""
     try:
-        import datasets  # here, so that nothing else needs it
+        import datasets  # imported here, so that nothing else needs it
     except ImportError:
         raise ValueError(f"--data {benchmark.name} needs the datasets package: pip install datasets") from None
-    split, config = benchmark.train, benchmark.config
+    split, config = "train", benchmark.config
     if side == "test":
-        split, config = benchmark.test, benchmark.test_config or benchmark.config
+        split, config = benchmark.test, benchmark.test_config or config
     try:
         rows = datasets.load_dataset(benchmark.hub, config, split=split)
     except (OSError, ValueError, RuntimeError) as error:  # unreachable or gated; no such config or split; a script
@@ -115,8 +106,6 @@ def _rows(benchmark: Benchmark, side: str) -> Sequence[dict]:
 def _explain(benchmark: Benchmark, error: str) -> str:
     if any(sign in error.lower() for sign in ("gated", "401", "403")):
         return f"--data {benchmark.name}: {benchmark.hub} is gated; accept its terms on its hub page, then run `hf auth login`"
-    first = error.strip().split("\n")[0]
-    return (
-        f"--data {benchmark.name}: {benchmark.hub} is not cached here and could not be fetched ({first}); "
-        "connect once, or use --data tiny or a .jsonl file"
-    )
+    first_line = error.strip().partition("\n")[0]
+    reason = f"{benchmark.hub} is not cached here and could not be fetched ({first_line})"
+    return f"--data {benchmark.name}: {reason}; connect once, or use --data tiny or a .jsonl file"

@@ -11,10 +11,8 @@
 
 A line with choices is scored by the letter, with tests by running them, with an answer alone by comparing: as a number where the
 answer is one ("1,200" is 1200), else as a whole text, whatever its case and punctuation ("the Paris" is not "Paris"). With none of
-these a line trains but is not scored. A bad line is left out, by its number and with the reason; what is odd but usable (the same
-question twice, two answers for one question, code that fails its own tests) is used and named. All of it is in the manifest.
-
-Not like the official code, which has no way in for one's own data but a change of the code.
+these a line trains but is not scored. It exists so that your own questions need no code, and no mistake in them goes unnoticed:
+bad lines are left out, odd ones used, and the manifest names both.
 
 Depends on data.py, records.py, scoring.py, negatives.py.   Try it:  python -m pytest tests/test_jsonl.py -q
 """
@@ -51,7 +49,7 @@ class Line:
 
 
 def is_file(data: str) -> bool:
-    """Does --data name a file of one's own, rather than a data set?"""
+    """Does --data name a file of your own, rather than a data set?"""
     return Path(data).suffix.lower() in (".jsonl", ".json", ".ndjson")
 
 
@@ -63,46 +61,43 @@ def load_jsonl(
 
     Raises ValueError if the file cannot be read, if no line is good, or if the good ones leave nothing to train on or to test.
     """
-    content = _content(path)
-    good, bad, unknown = _lines(content)
-    told = "; ".join(f"{_places(numbers)}: {reason}" for reason, numbers in list(bad.items())[:10])
-    told += "; ..." if len(bad) > 10 else ""
+    warn = lambda message: warnings.warn(f"{path}: {message}", stacklevel=3)
+    content = read_bytes(path)
+    good, bad, unknown = read_lines(content)
+    reasons = "; ".join([f"{places(numbers)}: {reason}" for reason, numbers in bad.items()][:10] + ["..."] * (len(bad) > 10))
     if not good:
-        raise ValueError(f"--data {path}: no line can be used ({told or 'the file is empty'})")
+        raise ValueError(f"--data {path}: no line can be used ({reasons or 'the file is empty'})")
     dropped = sum(map(len, bad.values()))
     if bad:
-        warnings.warn(f"{path}: {dropped} of {dropped + len(good)} lines are left out: {told}", stacklevel=2)
+        warn(f"{dropped} of {dropped + len(good)} lines are left out: {reasons}")
     if unknown:
-        known = ", ".join(FIELDS)
-        warnings.warn(f"{path}: unknown fields {', '.join(unknown)} are ignored; known are {known}", stacklevel=2)
-    train, test = _split(path, good, test_share)
-    for side, size, what, flag in (
-        (train, train_size, "training", "--train-size"),
-        (test, test_size, "held-out", "--eval-size, of eval.py --size"),
-    ):
-        if 0 < size < len(side):
-            warnings.warn(f"{path}: {size} of {len(side)} {what} lines are used ({flag}; 0 = all)", stacklevel=2)
-            del side[size:]
+        warn(f"unknown fields {', '.join(unknown)} are ignored; known are {', '.join(FIELDS)}")
+    train, test = split_lines(path, good, test_share)
+    cuts = ((train, train_size, "training", "--train-size"), (test, test_size, "held-out", "--eval-size, of eval.py --size"))
+    for lines, size, side, flag in cuts:
+        if 0 < size < len(lines):
+            warn(f"{size} of {len(lines)} {side} lines are used ({flag}; 0 = all)")
+            del lines[size:]
     manifest = {"data": str(path), "sha256": hashlib.sha256(content).hexdigest(), "seed": seed}
     manifest |= {"lines": dropped + len(good), "bad_lines": bad, "unknown_fields": unknown}
-    manifest |= {"kinds": dict(Counter(x.example.task for x in good)), "train": len(train), "test": len(test)}
-    manifest["odd_lines"] = odd = _odd(good)
-    examples = [x.example for x in train]
+    manifest |= {"kinds": dict(Counter(line.example.task for line in good)), "train": len(train), "test": len(test)}
+    manifest["odd_lines"] = odd = odd_lines(good)
     if negatives:
-        examples, manifest["negatives"] = add_negatives(examples, seed)
-        failing = _failing([replace(x, example=e) for x, e in zip(train, examples, strict=True)] + test)
-        odd |= {"the reference fails its own tests": failing} if failing else {}
+        examples, manifest["negatives"] = add_negatives([line.example for line in train], seed)
+        train = [replace(line, example=example) for line, example in zip(train, examples, strict=True)]
+        if failing := failing_lines(train + test):
+            odd["the reference fails its own tests"] = failing
     for what, numbers in odd.items():
-        warnings.warn(f"{path}: {_places(numbers)}: {what}", stacklevel=2)
+        warn(f"{places(numbers)}: {what}")
     if "unscored" in manifest["kinds"]:
         manifest["note"] = "lines without answer, choices and tests are not scored: of them only losses and drift tell"
-    task = Task(Path(path).stem, examples, [x.example for x in test], score_all)
+    task = Task(Path(path).stem, [line.example for line in train], [line.example for line in test], score_all)
     return task, manifest | {"fingerprint": task.fingerprint()}
 
 
 def in_short(manifest: dict) -> str:
     """The manifest of load_jsonl in one line."""
-    kinds = ", ".join(f"{n} {kind}" for kind, n in manifest["kinds"].items())
+    kinds = ", ".join(f"{count} {kind}" for kind, count in manifest["kinds"].items())
     text = f"{manifest['data']}: {kinds}; {manifest['train']} to train on, {manifest['test']} held out"
     if "negatives" in manifest:
         text += f"; wrong references for {manifest['negatives']['found']} of {manifest['train']}"
@@ -110,96 +105,92 @@ def in_short(manifest: dict) -> str:
 
 
 # --- the file -> lines
-
-
-def _content(path) -> bytes:
+def read_bytes(path) -> bytes:
     """The file's bytes, if it can be a JSON object a line. Raises ValueError."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"--data {path}: cannot be read ({error.strerror})") from error
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"--data {path}: this is UTF-16; save it as UTF-8")
-    if content.lstrip()[:1] == b"[":
+    if content.lstrip().startswith(b"["):
         try:
-            array = isinstance(json.loads(content), list)
+            json.loads(content)
         except (ValueError, RecursionError):
-            array = False
-        if array:
+            pass  # it only begins like one: its lines are looked at one by one
+        else:
             raise ValueError(f"--data {path}: this is one JSON array; write each of its objects on a line of its own")
     return content.removeprefix(b"\xef\xbb\xbf")
 
 
-def _lines(content: bytes) -> tuple[list[Line], dict[str, list[int]], list[str]]:
-    """-> (the good lines, {why a line is bad: the numbers of such lines}, fields that nothing knows)."""
+def read_lines(content: bytes) -> tuple[list[Line], dict[str, list[int]], list[str]]:
+    """-> (the good lines, {why a line is bad: the numbers of such lines}, the names of unknown fields)."""
     good, bad, unknown = [], defaultdict(list), {}
     for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            record = _parse_line(line)
-            unknown |= dict.fromkeys(k for k in record if k not in FIELDS)
-            good.append(Line(number, _line_example(record), record.get("split", "")))
+            record = parse_line(line)
+            unknown |= dict.fromkeys(name for name in record if name not in FIELDS)
+            good.append(Line(number, line_example(record), record.get("split", "")))
         except Skip as skip:
             bad[str(skip)].append(number)
     return good, dict(bad), list(unknown)
 
 
-def _places(numbers: Sequence[int], shown: int = 8) -> str:
+def places(numbers: Sequence[int], shown: int = 8) -> str:
     """[4] -> "line 4", [4, 7] -> "lines 4, 7"; of many the first few and how many there are."""
     text = ", ".join(map(str, numbers[:shown])) + (f", ... ({len(numbers)} in all)" if len(numbers) > shown else "")
     return ("line " if len(numbers) == 1 else "lines ") + text
 
 
-def _odd(good: Iterable[Line]) -> dict[str, list[int]]:
+def odd_lines(good: Iterable[Line]) -> dict[str, list[int]]:
     """What can be used but is hardly meant: {what: the numbers of such lines}."""
-    asked, odd = defaultdict(list), defaultdict(list)
-    for x in good:
-        asked[x.example.question].append(x)
-    for same in asked.values():
-        first = same[0].example
-        if len({x.split == "test" for x in same}) == 2:
-            odd["the same question to train on and to test"] += [x.number for x in same]
-        if any(x.example.answer != first.answer for x in same):
-            odd["the same question with different answers"] += [x.number for x in same]
-        elif any(x.example.reference == first.reference for x in same[1:]):
-            odd["the same question and reference again"] += [x.number for x in same[1:]]
+    by_question, odd = defaultdict(list), defaultdict(list)
+    for line in good:
+        by_question[line.example.question].append(line)
+    for first, *rest in by_question.values():
+        if len({line.split == "test" for line in (first, *rest)}) == 2:
+            odd["the same question to train on and to test"] += [line.number for line in (first, *rest)]
+        if any(line.example.answer != first.example.answer for line in rest):
+            odd["the same question with different answers"] += [line.number for line in (first, *rest)]
+        elif any(line.example.reference == first.example.reference for line in rest):
+            odd["the same question and reference again"] += [line.number for line in rest]
     return {what: sorted(numbers) for what, numbers in odd.items()}
 
 
-def _failing(lines: Sequence[Line]) -> list[int]:
+def failing_lines(lines: Sequence[Line]) -> list[int]:
     """The lines whose reference is code that fails their tests. (One that has a proven negative has been found right.)"""
-    open_ = [x for x in lines if x.example.task == "code" and not x.example.negative]
-    results = score_all([x.example for x in open_], [x.example.reference for x in open_])
-    return sorted(x.number for x, result in zip(open_, results, strict=True) if not result["correct"])
+    unproven = [line for line in lines if line.example.task == "code" and not line.example.negative]
+    results = score_all([line.example for line in unproven], [line.example.reference for line in unproven])
+    return sorted(line.number for line, result in zip(unproven, results, strict=True) if not result["correct"])
 
 
-def _split(path, good: list[Line], share: float) -> tuple[list[Line], list[Line]]:
+def split_lines(path, good: list[Line], share: float) -> tuple[list[Line], list[Line]]:
     """(train, test), each in the order of the file. Without a split field, by a hash of the question and never by the seed:
-    what one run was trained on, no other may be tested on. Two lines that ask the same never part.
+    what one run was trained on, no other may be tested on. Two lines with the same question stay together.
+
+    Raises ValueError if a side is left empty.
     """
-    if any(x.split for x in good):
-        held_back = {x.number for x in good if x.split == "test"}  # a line that does not say is for training
+    if any(line.split for line in good):
+        held_back = {line.number for line in good if line.split == "test"}  # a line that does not say is for training
         advice = 'give both sides a line, by split "train" and "test"'
     elif not 0 < share < 1:
         raise ValueError(f"test_share {share} must lie between 0 and 1: some questions are needed on both sides")
     else:
-        questions = {x.example.question for x in good}
-        ranked = sorted(questions, key=lambda q: hashlib.sha256(q.encode()).digest())
+        ranked = sorted({line.example.question for line in good}, key=lambda q: hashlib.sha256(q.encode()).digest())
         chosen = set(ranked[: max(1, round(share * len(ranked)))])
-        held_back = {x.number for x in good if x.example.question in chosen}
+        held_back = {line.number for line in good if line.example.question in chosen}
         advice = "it needs two different questions at least"
-    train, test = ([x for x in good if (x.number in held_back) is side] for side in (False, True))
+    train, test = ([line for line in good if (line.number in held_back) is side] for side in (False, True))
     if not train or not test:
         raise ValueError(f"--data {path}: the good lines leave nothing to {'test' if train else 'train on'}; {advice}")
     return train, test
 
 
-# --- a line -> an Example
-
-
-def _parse_line(line: bytes) -> dict:
-    """The JSON object on a line, without fields that are null. Raises Skip."""
+# --- a line -> an Example; all of these raise Skip, with what is wrong
+def parse_line(line: bytes) -> dict:
+    """The JSON object on a line, without fields that are null."""
     try:
         record = json.loads(line.decode())
     except UnicodeDecodeError:
@@ -208,107 +199,91 @@ def _parse_line(line: bytes) -> dict:
         raise Skip(f"not JSON ({error})") from None
     if not isinstance(record, dict):
         raise Skip(f"not a JSON object but a {type(record).__name__}")
-    return {key: value for key, value in record.items() if value is not None}
+    return {name: value for name, value in record.items() if value is not None}
 
 
-def _checked(record: dict, name: str, needed: bool = False) -> str:
-    """A field that is a text. Raises Skip if it is another thing, or missing or empty."""
-    if name not in record and not needed:
-        return ""
-    return _checked_text(record.get(name), f"field {name!r}")
-
-
-def _checked_text(value, what: str) -> str:
+def checked_text(value, what: str) -> str:
+    """The value without carriage returns and outer blanks, if it is a text with something in it."""
     if value is None:
         raise Skip(f"{what} is missing")
     if not isinstance(value, str):
         raise Skip(f"{what} must be a text, but is of type {type(value).__name__}")
     if not value.strip():
         raise Skip(f"{what} is empty")
-    if any("\ud800" <= c <= "\udfff" for c in value):
+    if any("\ud800" <= character <= "\udfff" for character in value):
         raise Skip(f"{what} holds half a surrogate pair, which is no character")
     return value.replace("\r\n", "\n").strip()
 
 
-def _checked_list(record: dict, name: str) -> list[str]:
+def checked_list(record: dict, name: str) -> list[str]:
     value = record.get(name, [])
     if not isinstance(value, list) or (name in record and not value):
         raise Skip(f"field {name!r} must be a list of texts with something in it")
-    return [_checked_text(x, f"an item of field {name!r}") for x in value]
+    return [checked_text(item, f"an item of field {name!r}") for item in value]
 
 
-def _line_example(record: dict) -> Example:
-    """What a line asks, by the fields it has. Raises Skip."""
-    question, reference = _checked(record, "question", needed=True), _checked(record, "reference", needed=True)
-    context, negative = _checked(record, "context"), _checked(record, "negative")
-    choices, tests, answer = _checked_list(record, "choices"), _checked_list(record, "tests"), record.get("answer")
+def line_example(record: dict) -> Example:
+    """What a line asks, by the fields it has."""
+    question, reference = (checked_text(record.get(name), f"field {name!r}") for name in ("question", "reference"))
+    optional = ("context", "negative")
+    context, negative = (checked_text(record[name], f"field {name!r}") if name in record else "" for name in optional)
+    choices, tests, answer = checked_list(record, "choices"), checked_list(record, "tests"), record.get("answer")
     if record.get("split", "train") not in ("train", "test"):
         raise Skip('field \'split\' must be "train" or "test"')
     if choices and tests:
         raise Skip("choices and tests exclude each other")
     question = paragraphs(f"Context: {context}" if context else "", question)
     if choices:
-        e = _ending(choice_example("choice", question, choices, _chosen(choices, answer), ""), reference)
+        example = with_ending(choice_example("choice", question, choices, chosen(choices, answer), ""), reference)
     elif tests:
-        e = code_example("code", question, _unfenced(reference), tests)
-        if reference != _unfenced(reference):
-            e = replace(e, reference=reference)  # what stands around the code stays
-        negative = f"```python\n{negative}\n```" if negative and negative == _unfenced(negative) else negative
+        fenced = [match["code"] for match in FENCE.finditer(reference)]
+        example = code_example("code", question, (fenced or [reference])[-1], tests)
+        if fenced:
+            example = replace(example, reference=reference)  # what stands around the code stays
+        if negative and not FENCE.search(negative):
+            negative = f"```python\n{negative}\n```"
     elif answer is not None:
-        e = _exact_example(question, reference, answer)
+        example = exact_example(question, reference, answer)
     else:
-        e = Example("unscored", question, reference)
-    return replace(e, negative=negative)
+        example = Example("unscored", question, reference)
+    return replace(example, negative=negative)
 
 
-def _unfenced(text: str) -> str:
-    """The last complete code fence of a text, or all of it if it has none."""
-    fences = [m["code"] for m in FENCE.finditer(text)]
-    return fences[-1] if fences else text
-
-
-def _ending(e: Example, reference: str) -> Example:
-    """The example with this reference, made to end in the answer line of e's own. Raises Skip if it ends in another one."""
+def with_ending(example: Example, reference: str) -> Example:
+    """The example with this reference, made to end in the answer line of the example's own."""
     if not last_line(reference).startswith("Answer:"):
-        return replace(e, reference=paragraphs(reference, last_line(e.reference)))
-    if not score_all([e], [reference])[0]["correct"]:
+        reference = paragraphs(reference, last_line(example.reference))
+    elif not score_all([example], [reference])[0]["correct"]:
         raise Skip(f"the reference ends in {last_line(reference)!r}, which is not the answer")
-    return replace(e, reference=reference)
+    return replace(example, reference=reference)
 
 
-def _chosen(choices: list[str], answer) -> int:
-    """Which choice the answer is: one of the texts, else a letter, or an index (a number) from 0. Raises Skip."""
-    texts = [c.casefold() for c in choices]
+def chosen(choices: list[str], answer) -> int:
+    """Which choice the answer is: one of the texts, else a letter, or an index (a number) from 0."""
+    texts = [choice.casefold() for choice in choices]
     if len(set(texts)) < len(choices):
         raise Skip("two choices are the same")
     if answer is None:
         raise Skip("field 'answer' is missing: with choices there must be one")
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+    if type(answer) is int and 0 <= answer < len(choices):  # True is no index
         return answer
-    if isinstance(answer, str):
-        if answer.strip().casefold() in texts:
-            return texts.index(answer.strip().casefold())
-        letter = answer.strip(" ().").upper()
-        if len(letter) == 1 and letter in LETTERS[: len(choices)]:
-            return LETTERS.index(letter)
+    said = answer.strip() if isinstance(answer, str) else ""
+    for names, name in ((texts, said.casefold()), ([*LETTERS[: len(choices)]], said.strip(" ().").upper())):
+        if name in names:
+            return names.index(name)
     raise Skip(f"the answer {answer!r} is not among the choices")
 
 
-def _exact_example(question: str, reference: str, answer) -> Example:
-    """A question whose answer is compared: as a number if it is one, else as a text. Raises Skip."""
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
+def exact_example(question: str, reference: str, answer) -> Example:
+    """A question whose answer is compared: as a number if it is one, else as a text."""
+    if type(answer) in (int, float):
         if not math.isfinite(answer):
             raise Skip("the answer is not a finite number")
         answer = f"{Decimal(repr(answer)):f}"
-    answer = _checked_text(answer, "field 'answer'")
-    kind = "text" if as_number(answer) is None else "number"
-    what = "the answer" if kind == "text" else "the number"
-    e = Example(
-        task=kind,
-        question=EXACT.format(question=question, what=what),
-        reference=f"Answer: {answer}",
-        answer={"kind": kind, "value": answer, "mark": "Answer:"},
-    )
-    if not score_all([e], [e.reference])[0]["correct"]:
+    answer = checked_text(answer, "field 'answer'")
+    kind, what = ("text", "the answer") if as_number(answer) is None else ("number", "the number")
+    compared = {"kind": kind, "value": answer, "mark": "Answer:"}
+    example = Example(kind, EXACT.format(question=question, what=what), f"Answer: {answer}", compared)
+    if not score_all([example], [example.reference])[0]["correct"]:
         raise Skip("field 'answer' must be one short line that can be read back")
-    return _ending(e, reference)
+    return with_ending(example, reference)

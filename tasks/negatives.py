@@ -1,6 +1,6 @@
 """negatives.py - wrong references by rule, each proven wrong by the scorer. What the contrastive loss pushes away from (eq. 4-5).
 
-What: a negative is the reference with one thing changed, and what depends on it, so that nothing but the content differs:
+A negative is the reference with one thing changed, and what depends on it, so that nothing but the content differs:
 
     choice   another option; in the explanation the two options' texts and letters change places
     number   the final number a little off, wherever it stands
@@ -8,11 +8,9 @@ What: a negative is the reference with one thing changed, and what depends on it
     tools    one argument with another value, or another tool
     code     one token changed (an operator, a constant, a comparison, min for max), or a step left out
 
-A candidate counts only if the scorer reads an answer in it and calls it wrong; code must fail a test, not hang. Where the
-scorer does not call the reference right, nothing can be proven: no negative. All code of a round runs in one sandbox call.
-
-Not like the official code, where a quarter of the model-written negatives become right answers when the seed changes, all stand
-in another template than the positive, and failed generations are used as they are.
+A candidate counts only if the scorer reads an answer in it and calls it wrong; code must fail a test, not hang. Where the scorer
+does not call the reference right, nothing can be proven: no negative. It exists because a "wrong" reference that is right by
+accident, or that only looks different, teaches the student to avoid the right answer, or a format.
 
 Depends on data.py, scoring.py, sandbox.py.   Try it:  python -m pytest tests/test_benchmarks.py -q
 """
@@ -25,7 +23,8 @@ import re
 import tokenize
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import chain
 
 from tasks.data import Example
 from tasks.sandbox import Limits
@@ -33,26 +32,22 @@ from tasks.scoring import LETTERS, NUMBER, as_number, defined, find_code, given,
 
 TRIES = 10  # candidates per example, one per round
 QUICK = Limits(wall_seconds=3.0, cpu_seconds=3)  # a mutant that hangs is not used, so it need not be waited for
+Pool = dict[tuple[str, str], list[str]]
 
 
-@dataclass(frozen=True)
-class Pool:
-    """What other examples answer, to be wrong with: texts, and the text arguments of tools by name ("" = of any name)."""
-
-    texts: list[str]
-    arguments: dict[str, list[str]]
-
-    @staticmethod
-    def of(examples: Sequence[Example]) -> "Pool":
-        answers = [e.answer for e in examples if e.answer]
-        arguments = defaultdict(set)
-        for call in (call for a in answers if a["kind"] == "tools" for call in a["calls"]):
-            for name, value in given(call["arguments"]).items():
-                if isinstance(value, str):
-                    arguments[name].add(value)
-                    arguments[""].add(value)
-        texts = {a["value"] for a in answers if a["kind"] == "text"}
-        return Pool(sorted(texts), {name: sorted(values) for name, values in arguments.items()})
+def pool_of(examples: Sequence[Example]) -> Pool:
+    """What other examples answer, to be wrong with: short texts under ("text", ""), texts that tools are given under ("tools",
+    name of the argument) and all of these under ("tools", "").
+    """
+    pool = defaultdict(set)
+    for answer in (example.answer for example in examples if example.answer):
+        if answer["kind"] == "text":
+            pool["text", ""].add(answer["value"])
+        for name, value in (argument for call in answer.get("calls", ()) for argument in given(call["arguments"]).items()):
+            if isinstance(value, str):
+                pool["tools", name].add(value)
+                pool["tools", ""].add(value)
+    return {key: sorted(values) for key, values in pool.items()}
 
 
 def add_negatives(examples: Sequence[Example], seed: int) -> tuple[list[Example], dict]:
@@ -61,15 +56,16 @@ def add_negatives(examples: Sequence[Example], seed: int) -> tuple[list[Example]
     A negative that an example brings is tried first, and kept unless the scorer calls it right. -> (examples, {"found",
     "missing", "reference_fails": no negative because the reference itself is not called right}).
     """
-    proven, pool = score_all(examples, [e.reference for e in examples]), Pool.of(examples)
-    queues = {
-        i: _candidates(e, random.Random(f"{seed}-{i}"), pool) for i, e in enumerate(examples) if e.answer and proven[i]["correct"]
-    }
+    proven, pool = score_all(examples, [example.reference for example in examples]), pool_of(examples)
+    candidates = {}
+    for i, example in enumerate(examples):
+        if example.answer and proven[i]["correct"]:
+            made = MAKE[example.answer["kind"]](example, random.Random(f"{seed}-{i}"), pool)
+            candidates[i] = chain([example.negative] if example.negative else [], made)
     found = {i: e.negative for i, e in enumerate(examples) if not e.answer and e.negative}  # nothing can judge these
     spare: dict[int, str] = {}  # code that raises is wrong, but code that returns something wrong is the better lesson
     for _ in range(TRIES):
-        texts = {i: next(queue, None) for i, queue in queues.items() if i not in found}
-        texts = {i: text for i, text in texts.items() if text is not None}
+        texts = {i: text for i, queue in candidates.items() if i not in found and (text := next(queue, None)) is not None}
         results = score_all([examples[i] for i in texts], list(texts.values()), QUICK)
         for (i, text), result in zip(texts.items(), results, strict=True):
             reason = result.get("reason", "assertion")  # only code can also fail to come to its tests
@@ -78,137 +74,132 @@ def add_negatives(examples: Sequence[Example], seed: int) -> tuple[list[Example]
             elif not result["correct"] and not result["abstained"] and reason.startswith(("assertion", "error")):
                 (found if reason.startswith("assertion") else spare).setdefault(i, text)
     found = spare | found
-    fails = sum(bool(e.answer) and not p["correct"] for e, p in zip(examples, proven, strict=True))
+    fails = sum(bool(example.answer) and not result["correct"] for example, result in zip(examples, proven, strict=True))
     counts = {"found": len(found), "missing": len(examples) - len(found) - fails, "reference_fails": fails}
-    return [replace(e, negative=found.get(i, "")) for i, e in enumerate(examples)], counts
+    return [replace(example, negative=found.get(i, "")) for i, example in enumerate(examples)], counts
 
 
-def _candidates(e: Example, r: random.Random, pool: Pool) -> Iterator[str]:
-    if e.negative:
-        yield e.negative
-    yield from MAKE[e.answer["kind"]](e, r, pool)
-
-
-def _some(pool: Sequence[str], but: str, r: random.Random) -> list[str]:
-    """A few of the pool that are not `but`, at random."""
-    return [x for x in r.sample(pool, min(TRIES, len(pool))) if plain(x) != plain(but)]
+def others_than(value: str, pool: Sequence[str], rng: random.Random) -> list[str]:
+    """A few texts of the pool that say something else, at random."""
+    return [text for text in rng.sample(pool, min(TRIES, len(pool))) if plain(text) != plain(value)]
 
 
 def swapped(text: str, a: str, b: str) -> str:
     """The text with a and b in each other's place, wherever they stand as whole words."""
     either = "|".join(rf"(?<!\w){re.escape(x)}(?!\w)" for x in sorted((a, b), key=len, reverse=True))
-    flags = re.IGNORECASE if min(len(a), len(b)) > 2 else 0  # not every "a" and "no"
+    flags = re.I if min(len(a), len(b)) > 2 else 0  # not every "a" and "no"
 
-    def other(m: re.Match) -> str:
-        old, new = (a, b) if m[0].casefold() == a.casefold() else (b, a)
-        return new[0].upper() + new[1:] if m[0][0].isupper() and not old[0].isupper() else new
+    def other(match: re.Match) -> str:
+        old, new = (a, b) if match[0].casefold() == a.casefold() else (b, a)
+        return new[0].upper() + new[1:] if match[0][0].isupper() and not old[0].isupper() else new
 
     return re.sub(either, other, text, flags=flags)
 
 
 # --- choice, number, text --------------------------------------------------------------------------------------------
-
 _LETTER = re.compile(  # a letter named as an answer, as in "Ans. is 'b'" and "option B"
     r"(\b(?:ans(?:wer)?\b\.?|option|choice)[\s*_]{0,3}(?:is\b|:|=|-)?[\s*_\"'`(\[]{0,4})([A-Z])(?!\w|['’]\w)", re.I
 )
 SLIPS = (-11, -10, -9, -5, -3, -2, -1, 1, 2, 3, 5, 9, 10, 11)
 
 
-def _choice(e: Example, r: random.Random, pool: Pool) -> Iterator[str]:
-    options, right = e.answer["options"], LETTERS.index(e.answer["letter"])
-    body = e.reference.rsplit("Answer:", 1)[0]
-    others = [i for i, text in enumerate(options) if text.casefold() != options[right].casefold()]
-    for i in r.sample(others, len(others)):
+def wrong_choices(example: Example, rng: random.Random, pool: Pool) -> Iterator[str]:
+    """Another option, and an explanation that argues for it."""
+    options, right = example.answer["options"], LETTERS.index(example.answer["letter"])
+    body = example.reference.rsplit("Answer:", 1)[0]
+    wrong = [i for i, option in enumerate(options) if option.casefold() != options[right].casefold()]
+    for i in rng.sample(wrong, len(wrong)):
         letters = {LETTERS[right]: LETTERS[i], LETTERS[i]: LETTERS[right]}
         letters |= {old.lower(): new.lower() for old, new in letters.items()}
         # Letters first, and not again in the texts that are put in afterwards: one of them may be called "choice B".
-        moved = _LETTER.sub(lambda m, letters=letters: m[1] + letters.get(m[2], m[2]), body)
+        moved = _LETTER.sub(lambda match, letters=letters: match[1] + letters.get(match[2], match[2]), body)
         yield swapped(moved, options[right], options[i]) + f"Answer: {LETTERS[i]}"
 
 
-def _number(e: Example, r: random.Random, pool: Pool) -> Iterator[str]:
-    value = as_number(e.answer["value"])
+def wrong_numbers(example: Example, rng: random.Random, pool: Pool) -> Iterator[str]:
+    """A number of the same sign nearby, in place of the result wherever it stands."""
+    value = as_number(example.answer["value"])
 
-    def moved(m: re.Match, step: int) -> str:
-        said = as_number(m[0])
+    def moved(match: re.Match, step: int) -> str:
+        said = as_number(match[0])
         if said != value:
-            return m[0]
-        sign = re.sub(r"[\d,.]", "", m[0])  # and the currency
-        return sign + (f"{abs(said + step):,f}" if "," in m[0] else f"{abs(said + step):f}")
+            return match[0]
+        sign = re.sub(r"[\d,.]", "", match[0])  # and the currency
+        return sign + (f"{abs(said + step):,f}" if "," in match[0] else f"{abs(said + step):f}")
 
-    for step in r.sample(SLIPS, len(SLIPS)):
+    for step in rng.sample(SLIPS, len(SLIPS)):
         if (value < 0) == (value + step < 0):
-            yield re.sub(NUMBER, lambda m, step=step: moved(m, step), e.reference)
+            yield re.sub(NUMBER, lambda match, step=step: moved(match, step), example.reference)
 
 
-def _text(e: Example, r: random.Random, pool: Pool) -> Iterator[str]:
-    value, mark = e.answer["value"], e.answer["mark"]
-    body = e.reference.rsplit(mark, 1)[0]
-    for other in _some(pool.texts, value, r):
+def wrong_texts(example: Example, rng: random.Random, pool: Pool) -> Iterator[str]:
+    value, mark = example.answer["value"], example.answer["mark"]
+    body = example.reference.rsplit(mark, 1)[0]
+    for other in others_than(value, pool["text", ""], rng):
         yield f"{swapped(body, value, other)}{mark} {other}"
 
 
 # --- tool calls ------------------------------------------------------------------------------------------------------
-
-
-def _tools(e: Example, r: random.Random, pool: Pool) -> Iterator[str]:
-    calls, text = react_calls(e.reference), e.reference
-    changes, names = [], {call["action"] for call in calls}
+def wrong_calls(example: Example, rng: random.Random, pool: Pool) -> Iterator[str]:
+    """One argument of one call with another value, or one call to another tool."""
+    calls, text = react_calls(example.reference), example.reference
+    wrong, called = [], {call["action"] for call in calls}
     for call in calls:
-        for key, value in given(call["arguments"]).items():
-            changes += [(call, key, other) for other in _other_values(key, value, e, r, pool)[:3]]
-        changes += [(call, None, name) for name in e.answer["actions"] if name not in names]
-    for call, key, new in r.sample(changes, len(changes)):
-        if key is None:
-            yield re.sub(rf"(?<!\w){re.escape(call['action'])}(?!\w)", lambda _, new=new: new, text)
-            continue
-        start, end, old = call["start"], call["end"], call["arguments"][key]
-        pair = rf"({re.escape(json.dumps(key))}\s*:\s*){re.escape(json.dumps(old, ensure_ascii=False))}"
-        put = lambda m, new=new: m[1] + json.dumps(new, ensure_ascii=False)
-        since = max([0, *(c["end"] for c in calls if c["end"] <= start)])  # the thought before this call says so too
-        thought = swapped(text[since:start], old, new) if isinstance(old, str) and isinstance(new, str) else text[since:start]
-        yield text[:since] + thought + re.sub(pair, put, text[start:end], count=1) + text[end:]
+        for name, value in given(call["arguments"]).items():
+            others = other_values(name, value, example, rng, pool)[:3]
+            wrong += [with_argument(text, calls, call, name, other) for other in others]
+        tools = [tool for tool in example.answer["actions"] if tool not in called]
+        wrong += [re.sub(rf"(?<!\w){re.escape(call['action'])}(?!\w)", lambda _, tool=tool: tool, text) for tool in tools]
+    yield from rng.sample(wrong, len(wrong))
 
 
-def _other_values(key: str, value, e: Example, r: random.Random, pool: Pool) -> list:
+def with_argument(text: str, calls: Sequence[dict], call: dict, name: str, new) -> str:
+    """The text with another value for one argument of one call, also in the thought before it."""
+    start, end, old = call["start"], call["end"], call["arguments"][name]
+    since = max([0, *(other["end"] for other in calls if other["end"] <= start)])
+    both_texts = isinstance(old, str) and isinstance(new, str)
+    thought = swapped(text[since:start], old, new) if both_texts else text[since:start]
+    pair = rf"({re.escape(json.dumps(name))}\s*:\s*){re.escape(json.dumps(old, ensure_ascii=False))}"
+    put = lambda match: match[1] + json.dumps(new, ensure_ascii=False)
+    return text[:since] + thought + re.sub(pair, put, text[start:end], count=1) + text[end:]
+
+
+def other_values(name: str, value, example: Example, rng: random.Random, pool: Pool) -> list:
     """Plausible other values for an argument: from the tool's documentation, near it, or from other examples."""
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int | float):
-        return r.sample([value + 1, value + 2, value * 2 + 1], 3)
+        return rng.sample([value + 1, value + 2, value * 2 + 1], 3)
     if not isinstance(value, str):
         return [value[:-1]] if isinstance(value, list) and value else []
-    listed = re.search(rf'"{re.escape(key)}": "[^"]*One of: \[([^\]]*)\]', e.question)
-    documented = [x.strip() for x in listed[1].split(",")] if listed else []
-    near = [re.sub(r"[0-9](?!.*[0-9])", lambda m: str((int(m[0]) + 1) % 10), value)]  # its last digit
-    sources = (documented, near, pool.arguments[key], pool.arguments[""])
-    return next((others for source in sources if (others := _some(source, value, r))), [])
+    listed = re.search(rf'"{re.escape(name)}": "[^"]*One of: \[([^\]]*)\]', example.question)
+    documented = [option.strip() for option in listed[1].split(",")] if listed else []
+    near = [re.sub(r"[0-9](?!.*[0-9])", lambda digit: str((int(digit[0]) + 1) % 10), value)]  # its last digit
+    sources = (documented, near, pool["tools", name], pool["tools", ""])
+    return next((others for source in sources if (others := others_than(value, source, rng))), [])
 
 
 # --- code ------------------------------------------------------------------------------------------------------------
-
-OTHER = {  # a token -> what a slip makes of it
-    **{"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "+": "-", "-": "+", "*": "+", "//": "*"},
-    **{"/": "*", "%": "//", "**": "*", "&": "|", "|": "&", "^": "&", "<<": ">>", ">>": "<<", "+=": "-=", "-=": "+="},
-    **{"*=": "+=", "and": "or", "or": "and", "not": "", "in": "not in", "True": "False", "False": "True", "min": "max"},
-    **{"max": "min", "any": "all", "all": "any", "sum": "max", "upper": "lower", "lower": "upper", "append": "extend"},
-    **{"nlargest": "nsmallest", "nsmallest": "nlargest", "startswith": "endswith", "endswith": "startswith"},
-    **{"lstrip": "rstrip", "rstrip": "lstrip", "floor": "ceil", "ceil": "floor", "keys": "values", "values": "keys"},
-    **{"union": "intersection", "intersection": "union", "sorted": "list", "reversed": "list", "abs": "int"},
-}
+SWAPS = "< <=, > >=, == !=, + -, & |, << >>, += -=, and or, True False, min max, any all, upper lower, keys values, floor ceil"
+SWAPS += ", lstrip rstrip, startswith endswith, nlargest nsmallest, union intersection"
+OTHER = {
+    old: new for pair in SWAPS.split(", ") for old, new in (pair.split(), pair.split()[::-1])
+}  # token -> what a slip makes of it
+OTHER |= {"*": "+", "//": "*", "/": "*", "%": "//", "**": "*", "^": "&", "*=": "+=", "not": "", "in": "not in", "sum": "max"}
+OTHER |= {"append": "extend", "sorted": "list", "reversed": "list", "abs": "int"}
 
 
-def _code(e: Example, r: random.Random, pool: Pool) -> Iterator[str]:
-    code, _ = find_code(e.reference, e.answer["entry"])
-    for mutant in mutants(code, r):
-        if e.answer["entry"] in defined(parse_python(mutant)):
-            yield e.reference.replace(code, mutant, 1)
+def wrong_programs(example: Example, rng: random.Random, pool: Pool) -> Iterator[str]:
+    code, _ = find_code(example.reference, example.answer["entry"])
+    for mutant in mutants(code, rng):
+        if example.answer["entry"] in defined(parse_python(mutant)):
+            yield example.reference.replace(code, mutant, 1)
 
 
-def mutants(code: str, r: random.Random) -> Iterator[str]:
+def mutants(code: str, rng: random.Random) -> Iterator[str]:
     """Programs that differ from this one in one place and are still Python, likely slips first. The layout stays."""
-    likely, unlikely = _slips(code)
-    for row, start, end, new in r.sample(likely, len(likely)) + r.sample(unlikely, len(unlikely)):
+    likely, unlikely = slips(code)
+    for row, start, end, new in rng.sample(likely, len(likely)) + rng.sample(unlikely, len(unlikely)):
         lines = code.split("\n")  # not splitlines(): a form feed ends no line of Python
         lines[row - 1] = lines[row - 1][:start] + new + lines[row - 1][end:]
         mutant = "\n".join(lines)
@@ -216,28 +207,28 @@ def mutants(code: str, r: random.Random) -> Iterator[str]:
             yield mutant
 
 
-def _slips(code: str) -> tuple[list[tuple], list[tuple]]:
+def slips(code: str) -> tuple[list[tuple], list[tuple]]:
     """(likely, unlikely) edits (row, start, end, new text) of one token or statement."""
     likely, unlikely, before = [], [], tokenize.NEWLINE
     tokens = list(tokenize.generate_tokens(io.StringIO(code).readline))
-    strings = list(dict.fromkeys(t.string for t in tokens if t.type == tokenize.STRING))
-    for t in tokens:
-        spot = (t.start[0], t.start[1], t.end[1])
-        if t.type in (tokenize.OP, tokenize.NAME) and t.string in OTHER:
-            likely.append((*spot, OTHER[t.string]))
-        elif t.type == tokenize.NUMBER and re.fullmatch(r"\d{1,15}(\.\d+)?", t.string):
-            step = (lambda d, n=t.string: f"{float(n) + d:g}") if "." in t.string else lambda d, n=t.string: str(int(n) + d)
-            likely += [(*spot, step(1)), (*spot, step(-1))]
-        elif t.type == tokenize.STRING and t.start[0] == t.end[0] and before in (tokenize.OP, tokenize.NAME):  # no docstring
-            likely += [(*spot, s) for s in strings if s != t.string][:2]
-            unlikely.append((*spot, t.string.swapcase()))
-        if t.type not in (tokenize.NL, tokenize.COMMENT):
-            before = t.type
+    strings = list(dict.fromkeys(token.string for token in tokens if token.type == tokenize.STRING))
+    for token in tokens:
+        kind, text, (row, start), (last_row, end), _ = token
+        if kind in (tokenize.OP, tokenize.NAME) and text in OTHER:
+            likely.append((row, start, end, OTHER[text]))
+        elif kind == tokenize.NUMBER and re.fullmatch(r"\d{1,15}(\.\d+)?", text):
+            near = [f"{float(text) + step:g}" if "." in text else str(int(text) + step) for step in (1, -1)]
+            likely += [(row, start, end, number) for number in near]
+        elif kind == tokenize.STRING and row == last_row and before in (tokenize.OP, tokenize.NAME):  # no docstring
+            likely += [(row, start, end, string) for string in strings if string != text][:2]
+            unlikely.append((row, start, end, text.swapcase()))
+        if kind not in (tokenize.NL, tokenize.COMMENT):
+            before = kind
     for node in ast.walk(parse_python(code)):
         if not isinstance(node, ast.Expr | ast.Return) or not node.value or node.lineno != node.end_lineno:
             continue
         line = code.split("\n")[node.lineno - 1].encode()  # ast counts bytes, tokenize characters
-        start, end = (len(line[:at].decode()) for at in (node.col_offset, node.end_col_offset))
+        start, end = (len(line[:column].decode()) for column in (node.col_offset, node.end_col_offset))
         if isinstance(node, ast.Return):
             unlikely.append((node.lineno, end, end, " - 1"))
         elif isinstance(node.value, ast.Call):
@@ -245,4 +236,4 @@ def _slips(code: str) -> tuple[list[tuple], list[tuple]]:
     return likely, unlikely
 
 
-MAKE = {"choice": _choice, "number": _number, "text": _text, "tools": _tools, "code": _code}
+MAKE = dict(choice=wrong_choices, number=wrong_numbers, text=wrong_texts, tools=wrong_calls, code=wrong_programs)

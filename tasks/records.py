@@ -1,12 +1,9 @@
 """records.py - one raw record of a data set -> one Example, in the format that its question asks for.
 
-What: `BENCHMARKS` has a line for each data set of the paper, and `Benchmark.to_example` turns one of its records into the whole
-user message, a worked reference in the very format that the message asks for, and what scoring.py compares. A record that cannot
-be used raises `Skip`. The helpers (`choice_example`, `code_example` ...) also serve your own file, see jsonl.py.
-
-Not like the official code: ScienceQA's hint is in the question, not only its lecture; a demanded signature is that of what the
-tests use, not of the first `def`, and one assert is held back; of several gold tool calls all stay, and their demonstration is in
-the format that the prompt asks for.
+`BENCHMARKS` has a line for each data set of the paper, and `Benchmark.to_example` turns one of its records into the whole user
+message, a worked reference in the very format that the message asks for, and what scoring.py compares. The functions for each kind
+(`choice_example`, `code_example`) also serve your own file, see jsonl.py. It exists so that a reference would be scored as right:
+a teacher shown a solution in another format than the one asked for passes the wrong format on.
 
 Depends on data.py, scoring.py.   Try it:  python -m pytest tests/test_benchmarks.py -q
 """
@@ -71,17 +68,13 @@ class Benchmark:
     hub: str
     convert: Callable[[str, dict, random.Random], Example]
     config: str | None = None
-    train: str = "train"
     test: str = "test"
     test_config: str | None = None  # where the test split is in another config
     evaluation_only: bool = False
     ood: str = ""
 
     def to_example(self, row: dict, index: int, seed: int) -> Example:
-        """The Example made of the record at `index`. The seed only shuffles options, each record's in its own way.
-
-        Raises Skip if the record cannot be used.
-        """
+        """The Example made of the record at `index`; the seed only shuffles options, each record's in its own way. Raises Skip."""
         return self.convert(self.name, row, random.Random(f"{seed}-{index}"))
 
 
@@ -100,33 +93,24 @@ def paragraphs(*parts: str) -> str:
 
 
 # --- multiple choice -------------------------------------------------------------------------------------------------
-
-
-def choice_example(name: str, question: str, options: Sequence[str], right: int, explanation: str) -> Example:
-    """The reference is the explanation, if there is one, and the answer line. Raises Skip if an option is missing."""
-    options = [o.strip() if isinstance(o, str) else "" for o in options]
+def choice_example(
+    name: str, question: str, options: Sequence[str], right: int, explanation: str, rng: random.Random | None = None
+) -> Example:
+    """The reference: the explanation, if any, and the answer line. `rng` shuffles the options. Raises Skip if one is missing."""
+    options = [option.strip() if isinstance(option, str) else "" for option in options]
     if not 2 <= len(options) <= len(LETTERS) or not all(options):
         raise Skip("an option is empty, or there are fewer than two")
+    if rng:
+        order = rng.sample(range(len(options)), len(options))
+        options, right = [options[i] for i in order], order.index(right)
     letters = LETTERS[: len(options)]
-    return Example(
-        task=name,
-        question=CHOICE.format(
-            question=question,
-            options="\n".join(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True)),
-            letters=", ".join(letters[:-1]) + f" or {letters[-1]}",
-        ),
-        reference=paragraphs(explanation, f"Answer: {letters[right]}"),
-        answer={"kind": "choice", "letter": letters[right], "options": options},
-    )
+    listed = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True))
+    asked = CHOICE.format(question=question, options=listed, letters=f"{', '.join(letters[:-1])} or {letters[-1]}")
+    answer = {"kind": "choice", "letter": letters[right], "options": options}
+    return Example(name, asked, paragraphs(explanation, f"Answer: {letters[right]}"), answer)
 
 
-def shuffled(options: Sequence[str], right: int, r: random.Random) -> tuple[list[str], int]:
-    """The options in a random order, and where the right one went."""
-    order = r.sample(range(len(options)), len(options))
-    return [options[i] for i in order], order.index(right)
-
-
-def scienceqa(name: str, row: dict, r: random.Random) -> Example:
+def scienceqa(name: str, row: dict, rng: random.Random) -> Example:
     """Lecture and hint are read first; the hint is often the very passage that is asked about. Raises Skip, as all below."""
     if row.get("image") is not None:
         raise Skip("has an image")
@@ -134,96 +118,78 @@ def scienceqa(name: str, row: dict, r: random.Random) -> Example:
     if right is None or not 0 <= right < len(choices):
         raise Skip("no answer")
     lecture, hint = field(row, "lecture", needed=False), field(row, "hint", needed=False)
-    question = paragraphs(
-        f"Lecture: {lecture}" if lecture else "", f"Context: {hint}" if hint else "", f"Question: {field(row, 'question')}"
-    )
-    return choice_example(name, question, *shuffled(choices, right, r), field(row, "solution", needed=False))
+    before = f"Lecture: {lecture}" if lecture else "", f"Context: {hint}" if hint else ""
+    question, why = paragraphs(*before, f"Question: {field(row, 'question')}"), field(row, "solution", needed=False)
+    return choice_example(name, question, choices, right, why, rng)
 
 
-def gpqa(name: str, row: dict, r: random.Random) -> Example:
+def gpqa(name: str, row: dict, rng: random.Random) -> Example:
     """The right answer has a column of its own, so the options must be shuffled."""
-    names = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
-    options, right = shuffled([field(row, n) for n in names], 0, r)
-    question = f"Question: {field(row, 'Question')}"
-    return choice_example(name, question, options, right, field(row, "Explanation", needed=False))
+    options = [field(row, column) for column in ("Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)))]
+    why = field(row, "Explanation", needed=False)
+    return choice_example(name, f"Question: {field(row, 'Question')}", options, 0, why, rng)
 
 
-def cos_e(name: str, row: dict, r: random.Random) -> Example:
+def cos_e(name: str, row: dict, rng: random.Random) -> Example:
     """The answer is the text of a choice."""
     choices = row.get("choices") or []
     if row.get("answer") not in choices:
         raise Skip("the answer is not among the choices")
-    question, why = f"Question: {field(row, 'question')}", field(row, "abstractive_explanation", needed=False)
-    return choice_example(name, question, choices, choices.index(row["answer"]), why)
+    why = field(row, "abstractive_explanation", needed=False)
+    return choice_example(name, f"Question: {field(row, 'question')}", choices, choices.index(row["answer"]), why)
 
 
-def medmcqa(name: str, row: dict, r: random.Random) -> Example:
+def medmcqa(name: str, row: dict, rng: random.Random) -> Example:
     """Not shuffled: the explanations name options by their letters."""
     if row.get("cop") not in (0, 1, 2, 3):  # -1 in the hidden test split
         raise Skip("no answer")
-    options = [field(row, n) for n in ("opa", "opb", "opc", "opd")]
-    question = f"Question: {field(row, 'question')}"
-    return choice_example(name, question, options, row["cop"], field(row, "exp", needed=False))
+    options = [field(row, column) for column in ("opa", "opb", "opc", "opd")]
+    why = field(row, "exp", needed=False)
+    return choice_example(name, f"Question: {field(row, 'question')}", options, row["cop"], why)
 
 
 # --- numbers, tools --------------------------------------------------------------------------------------------------
-
-
-def gsm8k(name: str, row: dict, r: random.Random) -> Example:
+def gsm8k(name: str, row: dict, rng: random.Random) -> Example:
     """The working and the result, without the calculator's notes in between."""
     working, _, result = field(row, "answer").rpartition("####")
     number = as_number(result)
     if number is None:
         raise Skip("no number after ####")
     working = re.sub(r"<<[^>]*>>", "", working).strip()
-    return Example(
-        task=name,
-        question=NUMBER.format(question=field(row, "question")),
-        reference="\n".join(part for part in (working, f"#### {number:f}") if part),
-        answer={"kind": "number", "value": f"{number:f}", "mark": "####"},
-    )
+    reference = f"{working}\n#### {number:f}".strip()
+    answer = {"kind": "number", "value": f"{number:f}", "mark": "####"}
+    return Example(name, NUMBER.format(question=field(row, "question")), reference, answer)
 
 
-def toolalpaca(name: str, row: dict, r: random.Random) -> Example:
+def toolalpaca(name: str, row: dict, rng: random.Random) -> Example:
     """The prompt brings the tools' documentation and the ReAct format. The reference is golden_response if that makes exactly
     the gold calls, else the gold calls alone.
     """
     prompt, instruction = field(row, "prompt"), field(row, "instruction", needed=False)
     written = "\n".join(x for x in row.get("golden_response") or [] if isinstance(x, str)).replace("\r\n", "\n").strip()
-    calls = gold_calls(row.get("golden_answer")) or _calls_in(written)
+    golden = row.get("golden_answer") or []
+    if isinstance(golden, dict):  # some versions of `datasets` make a record of lists of a list of records
+        golden = [dict(zip(golden, values, strict=True)) for values in zip(*golden.values(), strict=True)]
+    texts = [f"Action: {call.get('Action')}\nAction Input: {call.get('Action_Input') or '{}'}" for call in golden]
+    calls = calls_in("\n".join(texts)) or calls_in(written)
     if not calls or any(call["arguments"] is None for call in calls):
         raise Skip("no gold call, or its input is not a JSON object")
-    bare = "\n".join(f"Action: {c['action']}\nAction Input: {json.dumps(c['arguments'])}" for c in calls)
+    bare = "\n".join(f"Action: {call['action']}\nAction Input: {json.dumps(call['arguments'])}" for call in calls)
     documented = re.findall(r"(?:^|\n|Documentation:)[ \t]*([A-Za-z_][\w.-]*):[^\n]*\nParameters:", prompt)
     called = {call["action"] for call in calls}
-    return Example(
-        task=name,
-        question=prompt
-        + (f"\nQuestion: {instruction}" if instruction not in prompt else "")
-        + (REACT if "Action Input" not in prompt else "")
-        + TOOLS,
-        reference=written if same(_calls_in(written), calls) else bare,
-        answer={"kind": "tools", "calls": calls, "actions": [a for a in dict.fromkeys(documented) if a not in called]},
-    )
+    others = [action for action in dict.fromkeys(documented) if action not in called]
+    question = prompt + (f"\nQuestion: {instruction}" if instruction not in prompt else "")
+    question += (REACT if "Action Input" not in prompt else "") + TOOLS
+    reference = written if same(calls_in(written), calls) else bare
+    return Example(name, question, reference, {"kind": "tools", "calls": calls, "actions": others})
 
 
-def gold_calls(golden) -> list[dict]:
-    """golden_answer -> [{"action", "arguments" (None: not a JSON object)}]. It comes as a list of records or, from some
-    versions of `datasets`, as a record of lists.
-    """
-    if isinstance(golden, dict):
-        golden = [dict(zip(golden, values, strict=True)) for values in zip(*golden.values(), strict=True)]
-    texts = [f"Action: {g.get('Action')}\nAction Input: {g.get('Action_Input') or '{}'}" for g in golden or []]
-    return [call for text in texts for call in _calls_in(text)]
-
-
-def _calls_in(text: str) -> list[dict]:
-    return [{"action": c["action"], "arguments": c["arguments"]} for c in react_calls(text)]
+def calls_in(text: str) -> list[dict]:
+    """[{"action", "arguments" (None: not a JSON object)}], in order."""
+    return [{"action": call["action"], "arguments": call["arguments"]} for call in react_calls(text)]
 
 
 # --- code ------------------------------------------------------------------------------------------------------------
-
-
 def code_example(name: str, task: str, gold: str, tests: Sequence[str], setup: Sequence[str] = ()) -> Example:
     """A programming task: an answer must define all that the tests use of the gold code.
 
@@ -232,84 +198,68 @@ def code_example(name: str, task: str, gold: str, tests: Sequence[str], setup: S
     tree, tested, prepared = (parse_python("\n".join(part)) for part in ([gold], tests, setup))
     if not tree or not tested or not tested.body or not prepared:
         raise Skip("no tests, or the gold code or its tests are not Python")
-    names = defined(tree)
-    used = [n for part in (tested, prepared) for n in _names_in(part) if n in names]
-    functions = [n for n in used if isinstance(names[n], ast.FunctionDef | ast.AsyncFunctionDef)]
+    symbols = defined(tree)
+    used = [symbol for part in (tested, prepared) for symbol in names_in(part) if symbol in symbols]
     if not used:
         raise Skip("the tests use nothing that the gold code defines")
-    imports = [ast.unparse(n) for n in prepared.body if isinstance(n, ast.Import | ast.ImportFrom)]
-    return Example(
-        task=name,
-        question=CODE.format(
-            task=task,
-            signatures="\n".join(signature(n, names[n]) for n in dict.fromkeys(used)),
-            tests="\n".join([*setup, *(tests[:-HELD_BACK] or tests)]),
-        ),
-        reference=f"```python\n{gold}\n```",
-        answer={
-            "kind": "code",
-            "entry": (functions or used)[0],
-            "tests": [*setup, *tests],
-            "prelude": "\n".join(imports),  # an answer may count on them too
-        },
-    )
+    functions = [symbol for symbol in used if isinstance(symbols[symbol], ast.FunctionDef | ast.AsyncFunctionDef)]
+    imports = [ast.unparse(node) for node in prepared.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    signatures = "\n".join(signature(symbol, symbols[symbol]) for symbol in dict.fromkeys(used))
+    question = CODE.format(task=task, signatures=signatures, tests="\n".join([*setup, *(tests[:-HELD_BACK] or tests)]))
+    answer = {"kind": "code", "entry": (functions or used)[0], "tests": [*setup, *tests]}
+    answer["prelude"] = "\n".join(imports)  # an answer may count on the setup's imports
+    return Example(name, question, f"```python\n{gold}\n```", answer)
 
 
-def _names_in(tree: ast.Module) -> list[str]:
+def names_in(tree: ast.Module) -> list[str]:
     """The names that a program uses, in the order in which they stand."""
-    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Name)]
-    return [n.id for n in sorted(nodes, key=lambda n: (n.lineno, n.col_offset))]
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    return [node.id for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset))]
 
 
 def signature(name: str, node: ast.stmt) -> str:
     """The first line of a definition; of a class also that of its __init__."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-        start = "async def" if isinstance(node, ast.AsyncFunctionDef) else "def"
-        return f"{start} {name}({ast.unparse(node.args)}){returns}:"
+        return next(line for line in ast.unparse(node).split("\n") if re.match(r"(async )?def ", line))  # decorators come before
     if isinstance(node, ast.ClassDef):
         inits = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
-        return "\n    ".join([f"class {name}:", *(signature("__init__", n) for n in inits)])
+        return "\n    ".join([f"class {name}:", *(signature("__init__", init) for init in inits)])
     return f"{name} = ..."
 
 
-def mbpp(name: str, row: dict, r: random.Random) -> Example:
+def mbpp(name: str, row: dict, rng: random.Random) -> Example:
     """The full set has text and test_setup_code, the sanitized one prompt and test_imports."""
     task = field(row, "prompt", needed=False) or field(row, "text")
     setup = [*(row.get("test_imports") or []), field(row, "test_setup_code", needed=False)]
-    tests = [t.strip() for t in row.get("test_list") or [] if t.strip()]
-    return code_example(name, task, field(row, "code"), tests, [s.replace("\r\n", "\n") for s in setup if s.strip()])
+    tests = [test.strip() for test in row.get("test_list") or [] if test.strip()]
+    return code_example(name, task, field(row, "code"), tests, [line.replace("\r\n", "\n") for line in setup if line.strip()])
 
 
-def humaneval(name: str, row: dict, r: random.Random) -> Example:
+def humaneval(name: str, row: dict, rng: random.Random) -> Example:
     """The prompt is the start of a program; what stands before the wanted function may be used by answers and tests."""
-    prompt, body, entry = (row.get(n) or "" for n in ("prompt", "canonical_solution", "entry_point"))
+    prompt, body, entry = (row.get(column) or "" for column in ("prompt", "canonical_solution", "entry_point"))
     before, found, _ = prompt.rpartition(f"def {entry}(")
     if not entry or not found or not body.strip():
         raise Skip("no entry point or no solution")
-    return Example(
-        task=name,
-        question=COMPLETE.format(code=f"```python\n{prompt.strip()}\n```"),
-        reference=f"```python\n{(prompt + body).strip()}\n```",
-        answer={"kind": "code", "entry": entry, "tests": [field(row, "test"), f"check({entry})"], "prelude": before.strip()},
-    )
+    question, reference = (f"```python\n{code.strip()}\n```" for code in (prompt, prompt + body))
+    tests = [field(row, "test"), f"check({entry})"]
+    answer = {"kind": "code", "entry": entry, "tests": tests, "prelude": before.strip()}
+    return Example(name, COMPLETE.format(code=question), reference, answer)
 
 
 _GPQA = dict(hub="Idavidrein/gpqa", convert=gpqa, test="train", evaluation_only=True)
 _MBPP = dict(hub="google-research-datasets/mbpp", convert=mbpp, ood="humaneval")
-BENCHMARKS: dict[str, Benchmark] = {
-    b.name: b
-    for b in (
-        Benchmark("scienceqa", "derek-thomas/ScienceQA", scienceqa, ood="gpqa"),
-        Benchmark("gpqa", config="gpqa_main", **_GPQA),
-        Benchmark("gpqa-diamond", config="gpqa_diamond", **_GPQA),
-        Benchmark("gpqa-extended", config="gpqa_extended", **_GPQA),
-        Benchmark("cos_e", "Salesforce/cos_e", cos_e, config="v1.11", test="validation"),
-        Benchmark("mbpp", config="full", test_config="sanitized", **_MBPP),  # scored on the sanitized test, as in the paper
-        Benchmark("mbpp-sanitized", config="sanitized", **_MBPP),
-        Benchmark("humaneval", "openai/openai_humaneval", humaneval, evaluation_only=True),
-        Benchmark("toolalpaca", "Ahren09/ToolAlpaca", toolalpaca),
-        Benchmark("medmcqa", "openlifescienceai/medmcqa", medmcqa, test="validation"),
-        Benchmark("gsm8k", "openai/gsm8k", gsm8k, config="main"),
-    )
-}
+_ALL = (
+    Benchmark("scienceqa", "derek-thomas/ScienceQA", scienceqa, ood="gpqa"),
+    Benchmark("gpqa", config="gpqa_main", **_GPQA),
+    Benchmark("gpqa-diamond", config="gpqa_diamond", **_GPQA),
+    Benchmark("gpqa-extended", config="gpqa_extended", **_GPQA),
+    Benchmark("cos_e", "Salesforce/cos_e", cos_e, config="v1.11", test="validation"),
+    Benchmark("mbpp", config="full", test_config="sanitized", **_MBPP),  # scored on the sanitized test, as in the paper
+    Benchmark("mbpp-sanitized", config="sanitized", **_MBPP),
+    Benchmark("humaneval", "openai/openai_humaneval", humaneval, evaluation_only=True),
+    Benchmark("toolalpaca", "Ahren09/ToolAlpaca", toolalpaca),
+    Benchmark("medmcqa", "openlifescienceai/medmcqa", medmcqa, test="validation"),
+    Benchmark("gsm8k", "openai/gsm8k", gsm8k, config="main"),
+)
+BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}

@@ -63,7 +63,7 @@ def run_tests(jobs: Jobs, limits: Limits = Limits(), progress: bool = False) -> 
     """
     # Not fork(): the caller may have threads. No -E: the environment is ours, a fixed hash seed makes verdicts repeat.
     env = {"PYTHONHASHSEED": "0", "PYTHONINTMAXSTRDIGITS": "0", "MALLOC_ARENA_MAX": "1"}
-    env["LD_LIBRARY_PATH"] = os.environ.get("LD_LIBRARY_PATH", "")  # some builds of Python need it
+    env |= {n: os.environ.get(n, "") for n in ("LD_LIBRARY_PATH", "SYSTEMROOT")}  # some builds of Python need them
     if not ISOLATES:
         from tasks.subprocess_judge import judge_all
 

@@ -1,20 +1,17 @@
 """scoring.py - was it answered? How a completion is judged, for every kind of answer but the tiny world's.
 
-What: `Example.answer` says what is compared, as plain data; its "kind" says how:
+`Example.answer` says what is compared, as plain data; its "kind" says how:
 
     choice   {"letter": "B", "options": [...]}                the last answer stated, by its letter
     number   {"value": "72", "mark": "####"}                  the number after the mark, as a decimal
-    text     {"value": "Paris", "mark": "Answer:"}            exact, but for case, spaces and punctuation
+    text     {"value": "Paris", "mark": "Answer:"}            exact, except for case, spaces and punctuation
     tools    {"calls": [{"action": ..., "arguments": {}}]}    all calls, in order, by parsed JSON values
     code     {"entry": "f", "tests": [...], "prelude": ""}    the tests, run in sandbox.py
     None     nothing to compare with: never correct, always abstained
 
-Every result has correct (a lenient reading: the answer counts, not its dress), abstained (no answer was found) and
-strict (correct, and written in the very format that the question asks for), then what its kind adds.
-
-Not like the official code: a letter inside prose is not an answer, and of several stated answers the last one counts,
-not the first; two tool arguments are equal as JSON values (True is not "True"), invented ones cost, and what cannot be
-parsed never scores; code runs in another process, and a function under another name is not renamed until it fits.
+Every result has correct (a lenient reading: the answer counts, not its form), abstained (no answer was found) and strict
+(correct, and in the very format that the question asks for), then what its kind adds. It exists because an accuracy is worth no
+more than the reading of the answers: a model must gain neither by being vague nor by the mere form of an answer.
 
 Depends on data.py, sandbox.py.   Try it:  python -m pytest tests/test_benchmarks.py -q
 """
@@ -40,10 +37,10 @@ def score_all(examples: Sequence[Example], completions: Sequence[str], limits: L
     Raises ValueError if an answer is of no known kind, or if there are not as many completions as examples.
     """
     results, jobs = [], []
-    for e, text in zip(examples, completions, strict=True):
-        answer = {"kind": "none"} if e.answer is None else e.answer
+    for example, text in zip(examples, completions, strict=True):
+        answer = {"kind": "none"} if example.answer is None else example.answer
         if not isinstance(answer, dict) or answer.get("kind") not in JUDGES:
-            raise ValueError(f"task {e.task!r} has an answer of another kind than {', '.join(JUDGES)}: {answer!r}")
+            raise ValueError(f"task {example.task!r} has an answer of another kind than {', '.join(JUDGES)}: {answer!r}")
         result = JUDGES[answer["kind"]](answer, text)
         if "program" in result:
             jobs.append((result, (result.pop("program"), answer["tests"])))
@@ -52,7 +49,7 @@ def score_all(examples: Sequence[Example], completions: Sequence[str], limits: L
     for (result, _), verdict in zip(jobs, verdicts, strict=True):
         result.update(correct=verdict.passed, strict=result["strict"] and verdict.passed, reason=verdict.reason)
     for result in results:
-        result.setdefault("lenient", result["correct"])  # tools say more: extra arguments free
+        result.setdefault("lenient", result["correct"])  # tools have their own: extra arguments are free
     return results
 
 
@@ -61,8 +58,11 @@ def last_line(text: str) -> str:
     return text.strip().rsplit("\n", 1)[-1].strip()
 
 
-# --- multiple choice -------------------------------------------------------------------------------------------------
+def _result(said: Any, correct: bool, in_format: bool) -> dict:
+    return {"correct": correct, "abstained": said is None, "strict": correct and in_format}
 
+
+# --- multiple choice -------------------------------------------------------------------------------------------------
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # All repeats are bounded: a model may write ten thousand spaces.
 _OPENING = r"[\s*_\"'`(\[<{$]{0,9}"
@@ -73,12 +73,12 @@ _BEFORE = (  # what makes the letter after it an answer
     r"\b(?:choose|pick|select)\s+(?:(?:option|choice|letter)\s)?",
     r"\\boxed\s?\{(?:\\text\w{0,5}\s?\{)?",
 )
-_STATED = re.compile(rf"(?:{'|'.join(_BEFORE)}){_OPENING}(?P<x>[A-Z])(?!\w|['’-]\w)", re.IGNORECASE)
+_STATED = re.compile(rf"(?:{'|'.join(_BEFORE)}){_OPENING}(?P<x>[A-Z])(?!\w|['’-]\w)", re.I)
 _CALLED_RIGHT = re.compile(
-    r"(?:\b(?:option|choice|answer)\s\(?|\()(?P<x>[A-Z])\)?\s+is\s+(?:the\s+)?(?:correct|right|best)\b", re.IGNORECASE
+    r"(?:\b(?:option|choice|answer)\s\(?|\()(?P<x>[A-Z])\)?\s+is\s+(?:the\s+)?(?:correct|right|best)\b", re.I
 )
-_ALONE = re.compile(r"[\s*_\"'`(\[$]*(?P<x>[A-Z])[\s*_\"'`)\].:$]*", re.IGNORECASE)
-_WITH_TEXT = re.compile(r"[*_(]*(?P<x>[A-Z])[).:*_]+\s+(?P<text>.+)", re.IGNORECASE)
+_ALONE = re.compile(r"[\s*_\"'`(\[$]*(?P<x>[A-Z])[\s*_\"'`)\].:$]*", re.I)
+_WITH_TEXT = re.compile(r"[*_(]*(?P<x>[A-Z])[).:*_]+\s+(?P<text>.+)", re.I)
 _SECOND = re.compile(
     r"[\s()\]*_.\"']{0,6}?(?:,|/|&|\bor\b|\band\b|\s)(?:\s{0,3}(?:or|and)\b)?[\s(\[*_\"']{0,6}(?P<x>[A-Z])\b(?!['’-]\w)"
     r"(?:\s{0,3}(?:,|/|&|and\b|or\b)[\s(]{0,3}[A-Z]\b\)?){0,9}"
@@ -89,19 +89,18 @@ _REASONS = "because since as due is for given".split()
 def said_letter(text: str, options: Sequence[str]) -> str | None:
     """The letter stated last, or None if none is, or if the last statement names two."""
     letters = LETTERS[: len(options)]
-    found: list[tuple[int, str | None]] = []
-    for pattern in (_STATED, _CALLED_RIGHT):
-        for m in pattern.finditer(text):
-            letter, rest = m["x"].upper(), text[m.end("x") :].split("\n", 1)[0]
-            if letter in letters and not _is_word(m["x"], rest, options[letters.index(letter)]):
-                found.append((m.start("x"), None if _names_two(rest, letters) else letter))
+    found: list[tuple[int, str | None]] = []  # (where it stands, the letter)
+    for match in (match for pattern in (_STATED, _CALLED_RIGHT) for match in pattern.finditer(text)):
+        letter, rest = match["x"].upper(), text[match.end("x") :].split("\n", 1)[0]
+        if letter in letters and not _is_word(match["x"], rest, options[letters.index(letter)]):
+            found.append((match.start("x"), None if _names_two(rest, letters) else letter))
     line = last_line(text)
-    m = _ALONE.fullmatch(line) or _WITH_TEXT.fullmatch(line)
-    if m and m["x"].upper() in letters:
-        option = options[letters.index(m["x"].upper())]
-        if "text" not in m.groupdict() or plain(m["text"]) == plain(option):
-            found.append((len(text), m["x"].upper()))
-    return max(found, key=lambda f: f[0])[1] if found else None
+    match = _ALONE.fullmatch(line) or _WITH_TEXT.fullmatch(line)
+    if match and (letter := match["x"].upper()) in letters:
+        option = options[letters.index(letter)]
+        if plain(match.groupdict().get("text", option)) == plain(option):
+            found.append((len(text), letter))
+    return max(found, key=lambda statement: statement[0])[1] if found else None
 
 
 def _is_word(letter: str, rest: str, option: str) -> bool:
@@ -114,27 +113,24 @@ def _is_word(letter: str, rest: str, option: str) -> bool:
 
 def _names_two(rest: str, letters: str) -> bool:
     """Does what follows a letter add another one ("A or B", "A, B")? Not so in "B, C is wrong" and "B. A is wrong"."""
-    m = _SECOND.match(rest)
-    if not m or m["x"] not in letters:
+    match = _SECOND.match(rest)
+    if not match or match["x"] not in letters:
         return False
-    return bool(re.search(r"\bor\b", rest[: m.start("x")])) or not re.match(r"\s+\w", rest[m.end() :])
+    return bool(re.search(r"\bor\b", rest[: match.start("x")])) or not re.match(r"\s+\w", rest[match.end() :])
 
 
 def _judge_choice(answer: dict, text: str) -> dict:
     said = said_letter(text, answer["options"])
-    correct = said == answer["letter"]
-    strict = correct and last_line(text) == f"Answer: {answer['letter']}"
-    return {"correct": correct, "abstained": said is None, "strict": strict, "said": said}
+    return _result(said, said == answer["letter"], last_line(text) == f"Answer: {answer['letter']}") | {"said": said}
 
 
 # --- numbers and short texts -----------------------------------------------------------------------------------------
-
 # Thousands' commas, decimals, a sign, a currency. Not a part of a word or of a fraction (3/4 is neither 3 nor 4).
 NUMBER = (
     r"(?<![\w/])(?<!\d\.)(?<!/\s)(?:-?[$€£]\s?|[$€£]-|-)?"
     r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?!\d|\.\d|\s?/\s?\d)"
 )
-_ANSWER_IS = re.compile(r"\banswer\b[*_\"'`]{0,3}\s{0,3}(?:is\b|:|=)[ \t:*_]{0,6}|\\boxed\s?\{", re.IGNORECASE)
+_ANSWER_IS = re.compile(r"\banswer\b[*_\"'`]{0,3}\s{0,3}(?:is\b|:|=)[ \t:*_]{0,6}|\\boxed\s?\{", re.I)
 
 
 def as_number(text: str) -> Decimal | None:
@@ -150,21 +146,16 @@ def _decimal(text: str) -> Decimal:
 def said_number(text: str) -> Decimal | None:
     """The number after the last ####, else after the last "answer is", else the last number; None if there is none."""
     text = text.replace("−", "-")
-    marked = [text.rsplit("####", 1)[1].strip().split("\n", 1)[0]] if "####" in text else []
-    stated = [text[m.end() :].split("\n", 1)[0] for m in list(_ANSWER_IS.finditer(text))[-1:]]
-    for part in marked + stated:
-        if found := re.search(NUMBER, part):
-            return _decimal(found[0])
-    found = re.findall(NUMBER, text)
-    return _decimal(found[-1]) if found else None
+    marked, stated = text.split("####")[1:], _ANSWER_IS.split(text)[1:]
+    lines = [part.strip().split("\n")[0] for part in marked[-1:]] + [part.split("\n")[0] for part in stated[-1:]]
+    numbers = [found[0] for line in lines if (found := re.search(NUMBER, line))] + re.findall(NUMBER, text)[-1:]
+    return _decimal(numbers[0]) if numbers else None
 
 
 def _judge_number(answer: dict, text: str) -> dict:
     said, value = said_number(text), as_number(answer["value"])
-    correct = said is not None and said == value
     form = rf"{re.escape(answer['mark'])}\s?(?:{NUMBER})%?\.?"
-    strict = correct and re.fullmatch(form, last_line(text).replace("−", "-")) is not None
-    return {"correct": correct, "abstained": said is None, "strict": strict}
+    return _result(said, said is not None and said == value, bool(re.fullmatch(form, last_line(text).replace("−", "-"))))
 
 
 def plain(text: str) -> str:
@@ -174,21 +165,15 @@ def plain(text: str) -> str:
     return " ".join(kept.split()) or " ".join(text.split())  # an answer may be nothing but punctuation
 
 
-def said_text(text: str) -> str:
-    """What follows the last "answer is" or "Answer:", else the last line."""
-    stated = list(_ANSWER_IS.finditer(text))
-    return text[stated[-1].end() :].strip().split("\n", 1)[0].strip() if stated else last_line(text)
-
-
 def _judge_text(answer: dict, text: str) -> dict:
-    said = said_text(text)
-    correct = bool(said) and plain(said) == plain(answer["value"])
-    strict = correct and last_line(text).startswith(answer["mark"])
-    return {"correct": correct, "abstained": not said, "strict": strict, "said": said or None}
+    """What follows the last "answer is" or "Answer:" counts, else the last line."""
+    stated = _ANSWER_IS.split(text)[1:]
+    said = (stated[-1].strip().split("\n")[0].strip() if stated else last_line(text)) or None
+    correct = said is not None and plain(said) == plain(answer["value"])
+    return _result(said, correct, last_line(text).startswith(answer["mark"])) | {"said": said}
 
 
 # --- tool calls ------------------------------------------------------------------------------------------------------
-
 _CALL = re.compile(
     r"\bAction[ \t]?\d{0,3}[ \t]?:[ \t*`]{0,9}(?P<action>[^\n]{0,200}?)[\s*`]{0,9}"
     r"\bAction[ \t]?\d{0,3}[ \t]?Input[ \t]?\d{0,3}[ \t]?:[\s*`]*(?:json\b\s*)?"
@@ -196,40 +181,29 @@ _CALL = re.compile(
 
 
 def react_calls(text: str) -> list[dict]:
-    """Every (Action, Action Input) of a ReAct text: {"action", "arguments" (None: no JSON object), "start", "end"}.
-
-    start and end are where the arguments stand in the text.
-    """
+    """Every (Action, Action Input) of a ReAct text: {"action", "arguments" (None: no JSON object), where they "start", "end"}."""
     calls = []
-    for m in _CALL.finditer(text):
-        value, end = None, m.end()
+    for match in _CALL.finditer(text):
+        value, end = None, match.end()
         with contextlib.suppress(ValueError, RecursionError):  # no JSON, an integer of 5000 digits, absurd nesting
-            value, end = json.JSONDecoder().raw_decode(text, m.end())
+            value, end = json.JSONDecoder().raw_decode(text, match.end())
         arguments = value if isinstance(value, dict) else None
-        calls.append({"action": m["action"].strip("`\"' "), "arguments": arguments, "start": m.end(), "end": end})
+        calls.append({"action": match["action"].strip("`\"' "), "arguments": arguments, "start": match.end(), "end": end})
     return calls
 
 
 def structured_calls(text: str) -> list[dict]:
-    """The calls of {"tool_calls": [{"Action": ..., "Action_Input": {...}}]}, alone or in a code fence; [] if it is not
-    that.
-    """
-    body = text.strip().removeprefix("```").removeprefix("json").removesuffix("```")
+    """The calls of {"tool_calls": [{"Action": ..., "Action_Input": {...}}]}, alone or in a code fence; [] if there are none."""
+    calls, body = [], text.strip().removeprefix("```").removeprefix("json").removesuffix("```")
     try:
-        calls = json.loads(body)["tool_calls"]
-        return [_structured_call(call) for call in calls] if isinstance(calls, list) else []
+        for call in json.loads(body)["tool_calls"]:
+            arguments = call["Action_Input"] if "Action_Input" in call else call["arguments"]
+            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+            action = str(call["Action"] if "Action" in call else call["name"])
+            calls.append({"action": action, "arguments": arguments if isinstance(arguments, dict) else None})
     except (ValueError, RecursionError, TypeError, KeyError):
         return []
-
-
-def _structured_call(call: dict) -> dict:
-    arguments = call["Action_Input"] if "Action_Input" in call else call["arguments"]
-    if isinstance(arguments, str):
-        arguments = json.loads(arguments)
-    return {
-        "action": str(call["Action"] if "Action" in call else call["name"]),
-        "arguments": arguments if isinstance(arguments, dict) else None,
-    }
+    return calls
 
 
 def same(a: Any, b: Any) -> bool:
@@ -245,7 +219,7 @@ def same(a: Any, b: Any) -> bool:
 
 def given(arguments: dict) -> dict:
     """The arguments that say something: the data sets write "" or null for an optional one that is left out."""
-    return {k: v for k, v in arguments.items() if v is not None and v != ""}
+    return {name: value for name, value in arguments.items() if value is not None and value != ""}
 
 
 def shares(gold: dict, said: dict | None, equal=same) -> tuple[float, float]:
@@ -255,38 +229,28 @@ def shares(gold: dict, said: dict | None, equal=same) -> tuple[float, float]:
     gold, said = given(gold), given(said)
     if not gold:  # nothing to match: right only if nothing is said
         return float(not said), float(not said)
-    matched = sum(k in said and equal(v, said[k]) for k, v in gold.items())
+    matched = sum(name in said and equal(value, said[name]) for name, value in gold.items())
     return matched / len(gold), matched / len(gold.keys() | said.keys())
 
 
 def _judge_tools(answer: dict, text: str) -> dict:
-    """action, arguments and arguments_penalised (see `shares`) are in [0, 1]: calls are paired in order, a missing or a
-    surplus one counts 0. both: action and arguments are 1 (invented arguments are free, as in the official score).
-    lenient: the same, arguments compared as text. correct: nothing missing, nothing invented.
+    """action, arguments and arguments_penalised (see `shares`) are in [0, 1]: calls are paired in order, a missing or a surplus
+    one counts 0. both: action and arguments are 1 (invented arguments are free, as in the official score). lenient: the same,
+    arguments compared as text. correct: nothing missing, nothing invented.
     """
-    gold = answer["calls"]
-    react = react_calls(text)
+    gold, react = answer["calls"], react_calls(text)
     calls = react or structured_calls(text)
-    n = max(len(gold), len(calls), 1)
-    pairs = [(g["arguments"], c["arguments"]) for g, c in zip(gold, calls, strict=False)]
-    matched, penalised = (sum(each) / n for each in zip((0, 0), *(shares(*pair) for pair in pairs), strict=True))
-    as_text = sum(shares(*pair, equal=lambda a, b: str(a).strip() == str(b).strip())[0] for pair in pairs) / n
-    action = float([g["action"] for g in gold] == [c["action"] for c in calls])
-    correct = action == penalised == 1.0
-    return {
-        "correct": correct,
-        "abstained": not calls,
-        "strict": correct and bool(react),
-        "action": action,
-        "arguments": matched,
-        "arguments_penalised": penalised,
-        "both": action == matched == 1.0,
-        "lenient": action == as_text == 1.0,
-    }
+    count = max(len(gold), len(calls), 1)
+    pairs = [(right["arguments"], said["arguments"]) for right, said in zip(gold, calls, strict=False)]
+    matched, penalised = (sum(each) / count for each in zip((0, 0), *(shares(*pair) for pair in pairs), strict=True))
+    as_text = sum(shares(*pair, equal=lambda a, b: str(a).strip() == str(b).strip())[0] for pair in pairs) / count
+    action = float([call["action"] for call in gold] == [call["action"] for call in calls])
+    result = _result(calls or None, action == penalised == 1.0, bool(react))
+    result |= {"action": action, "arguments": matched, "arguments_penalised": penalised}
+    return result | {"both": action == matched == 1.0, "lenient": action == as_text == 1.0}
 
 
 # --- code ------------------------------------------------------------------------------------------------------------
-
 FENCE = re.compile(r"^[ \t]*```[ \t]*(?P<language>[\w+-]*)[^\n]*\n(?P<code>.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 
 
@@ -307,22 +271,21 @@ def defined(tree: ast.Module) -> dict[str, ast.stmt]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names[node.name] = node
         elif isinstance(node, ast.Assign):
-            names.update({t.id: node for t in node.targets if isinstance(t, ast.Name)})
+            names.update({target.id: node for target in node.targets if isinstance(target, ast.Name)})
     return names
 
 
 def find_code(text: str, entry: str) -> tuple[str | None, bool]:
     """(the code of a completion, is it in one python fence?). None if nothing defines `entry`.
 
-    The last complete python fence that defines `entry`, else the last other fence that does, else the text itself; an
-    opening fence that is never closed is taken off. If `entry` is only there in broken code, that is returned: it was
-    tried.
+    The last complete python fence that defines `entry`, else the last other fence that does, else the text itself, without an
+    opening fence that is never closed. If `entry` is only there in broken code, that is returned: it was tried.
     """
-    fences = [(m["language"].lower() in ("python", "py", "python3"), m["code"]) for m in FENCE.finditer(text)]
-    python, other = [c for p, c in fences if p], [c for p, c in fences if not p]
+    fences = [(match["language"].lower() in ("python", "py", "python3"), match["code"]) for match in FENCE.finditer(text)]
+    python, other = ([code for is_python, code in fences if is_python is wanted] for wanted in (True, False))
     unclosed = re.sub(r"\A.*?^[ \t]*```[^\n]*\n", "", text, flags=re.DOTALL | re.MULTILINE)
     candidates, strict = [*python[::-1], *other[::-1], unclosed, text], len(python) == 1 and not other
-    for code in (form for c in candidates for form in (c, textwrap.dedent(c))):  # a fence may stand in a list
+    for code in (form for found in candidates for form in (found, textwrap.dedent(found))):  # a fence may stand in a list
         tree = parse_python(code)
         if tree and entry in defined(tree):
             return code, strict
@@ -338,11 +301,5 @@ def _judge_code(answer: dict, text: str) -> dict:
     return {"correct": False, "abstained": False, "strict": strict, "program": f"{answer['prelude']}\n{code}"}
 
 
-JUDGES = {
-    "choice": _judge_choice,
-    "number": _judge_number,
-    "text": _judge_text,
-    "tools": _judge_tools,
-    "code": _judge_code,
-    "none": lambda answer, text: {"correct": False, "abstained": True, "strict": False},
-}
+JUDGES = {"choice": _judge_choice, "number": _judge_number, "text": _judge_text, "tools": _judge_tools, "code": _judge_code}
+JUDGES["none"] = lambda answer, text: _result(None, False, False)

@@ -1,8 +1,7 @@
 """subprocess_judge.py - judge programs where sandbox.py cannot cage them: Windows, macOS, any place without fork() or prctl().
 
 The judge, the program and the questions between them are the sandbox's, so a program that prints "passed" or exits with 0
-fails here too: no verdict ever passes through its hands. What is missing is the cage: a program can do what you can, until
-its time is up. One line says so, once.
+fails here too: no verdict passes through its hands. What is missing is the cage: it can do what you can, until its time is up.
 
 Standard library only. sandbox.py is loaded by its path: a program could import whatever lay on the import path.
 Try it:  python -m pytest tests/test_platform.py -q
@@ -12,7 +11,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,25 +18,19 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from pathlib import Path
 
 
 @cache  # so: once
 def _warn() -> None:
-    warnings.warn(
-        f"no isolation here ({sys.platform}): a model's code runs in a subprocess with a time limit, and can do what you can; "
-        "on Linux tasks/sandbox.py isolates it",
-        stacklevel=2,
-    )
+    told = f"no isolation here ({sys.platform}): a model's code runs in a subprocess with a time limit, and can do what you can"
+    warnings.warn(f"{told}; on Linux tasks/sandbox.py isolates it", stacklevel=2)
 
 
-def judge_all(jobs: Sequence, limits: dict, env: dict, progress: bool) -> Iterator[tuple[bool, str]]:
+def judge_all(jobs, limits: dict, env: dict, progress: bool):
     """(passed, reason) of each job, in order: the values of a sandbox.Verdict. As many at a time as there are cores."""
     _warn()
-    env = env | {name: os.environ[name] for name in ("SYSTEMROOT", "DYLD_LIBRARY_PATH") if name in os.environ}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for done, verdict in enumerate(pool.map(partial(_judged, limits=limits, env=env), jobs), 1):
             if progress:
@@ -46,17 +38,18 @@ def judge_all(jobs: Sequence, limits: dict, env: dict, progress: bool) -> Iterat
             yield verdict
 
 
-def _judged(job: tuple[str, Sequence[str]], limits: dict, env: dict) -> tuple[bool, str]:
+def _judged(job: tuple, limits: dict, env: dict) -> tuple[bool, str]:
     """Start a judge for one job, in a folder of its own, and hear its verdict."""
-    home = tempfile.mkdtemp(prefix="sandbox-")
-    env = env | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), home)
     command = [sys.executable, "-SsPB", os.path.abspath(__file__), json.dumps(limits), "judge"]
-    with tempfile.TemporaryFile() as question:
+    folder = tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True)
+    # Suppressed: folders that a program nested deeper than Python recurses; they stay.
+    with contextlib.suppress(RecursionError), folder as home, tempfile.TemporaryFile() as question:
         question.write(json.dumps([job[0], "\n".join(job[1])]).encode())
         question.seek(0)
-        how = dict(stdin=question, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=home, env=env)
-        with subprocess.Popen(command, **how, start_new_session=True) as judge:
-            # Later than the judge's own alarm, for one that is held up in C code.
+        pipes = dict(stdin=question, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+        env = env | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), home)
+        with subprocess.Popen(command, cwd=home, env=env, **pipes) as judge:
+            # Later than the judge's own alarm, which a test in C code may hold up.
             alarm = threading.Timer(limits["wall_seconds"] + 1, _kill_tree, [judge])
             alarm.start()
             try:
@@ -64,8 +57,6 @@ def _judged(job: tuple[str, Sequence[str]], limits: dict, env: dict) -> tuple[bo
             finally:
                 alarm.cancel()
                 _kill_tree(judge)
-    with contextlib.suppress(RecursionError):  # folders may nest deeper than Python recurses
-        shutil.rmtree(home, ignore_errors=True)
     return tuple(json.loads(line)) if line else (False, "timeout")
 
 
@@ -82,10 +73,11 @@ def _kill_tree(judge: subprocess.Popen) -> None:
 # --- the two processes -----------------------------------------------------------------------------------------------
 
 
-def _judge(sandbox, limits, command: list[str]) -> None:
+def _judge(sandbox, limits) -> None:
     """Start the program, *then* read the job, ask, and answer [passed, reason]."""
     hear, question = os.pipe()  # `hear` stays open here too: a program that is gone gives no answer, but no error either
-    program = subprocess.Popen([*command, "program"], stdin=hear, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-SsPB", *sys.argv[:2], "program"]
+    program = subprocess.Popen(command, stdin=hear, stdout=subprocess.PIPE, text=True)
     ask = partial(sandbox._ask, program.stdout, os.fdopen(question, "w"), limits.output_bytes)
 
     def tell(reason: str) -> None:
@@ -106,23 +98,15 @@ def _judge(sandbox, limits, command: list[str]) -> None:
 
 
 def _program(sandbox, limits) -> None:
-    """Keep the pipes to the judge aside, take the limits that there are, and do what the judge asks."""
+    """Keep the pipes to the judge aside, and do what the judge asks."""
     hear, answer = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     nothing = os.open(os.devnull, os.O_RDWR)
     for fd in range(3):
         os.dup2(nothing, fd)
-    for name, value in dict(CPU=limits.cpu_seconds, AS=limits.memory_mb << 20, FSIZE=limits.file_mb << 20).items():
-        with contextlib.suppress(Exception):  # Windows has no such limits, macOS not all of them
-            kind = getattr(sandbox.resource, f"RLIMIT_{name}")
-            sandbox.resource.setrlimit(kind, (value, value + (name == "CPU")))
     sandbox._program(hear, answer)
 
 
 if __name__ == "__main__":
-    spec = importlib.util.spec_from_file_location("sandbox", Path(__file__).with_name("sandbox.py"))
+    spec = importlib.util.spec_from_file_location("sandbox", os.path.join(os.path.dirname(__file__), "sandbox.py"))
     spec.loader.exec_module(sandbox := importlib.util.module_from_spec(spec))
-    limits = sandbox.Limits(**json.loads(sys.argv[1]))
-    if sys.argv[2] == "judge":
-        _judge(sandbox, limits, [sys.executable, "-SsPB", *sys.argv[:2]])
-    else:
-        _program(sandbox, limits)
+    (_judge if sys.argv[2] == "judge" else _program)(sandbox, sandbox.Limits(**json.loads(sys.argv[1])))

@@ -3,11 +3,9 @@
 Of each family the base has met one part on its own, and the other part *only with a reference in front*: sums with a carry, choices
 with a number of 50 or more, 24 of 30 things, 4 of 8 operations, 9 of 12 tool words. For the last three even the meaning was drawn
 anew in every lesson (`scramble` in world.py), so that only the reference tells. Alone the base has to guess there; with a reference
-it is good; a wrong one misleads it in part.
-
-It exists because a teacher can only teach what its reference tells it and the student does not know yet: this is such a student.
-`python -m tasks.tiny` rebuilds tasks/tiny-base in about four minutes on 2 cores. The result is an ordinary Hugging Face
-Qwen2 checkpoint: every script treats it like any other model.
+it is good; a wrong one misleads it in part. It exists because self-distillation needs a model with something left to learn that a
+reference already tells it. `python -m tasks.tiny` rebuilds tasks/tiny-base in about four minutes on 2 cores: an ordinary Hugging
+Face Qwen2 checkpoint, which every script treats like any other model.
 
 Depends on data.py, world.py, transformers.   Try it:  python -m pytest tests/test_tiny.py -q
 """
@@ -30,10 +28,8 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# Of the part that it knows, the share that the base meets without a reference.
-ALONE = dict(sum=0.03, choice=0.15, fact=0.5, code=0.3, tool=0.3)
-# How often a family comes up.
-OFTEN = dict(sum=1.6, choice=1.0, fact=1.0, code=1.6, tool=1.3)
+ALONE = dict(sum=0.03, choice=0.15, fact=0.5, code=0.3, tool=0.3)  # the share that comes without a reference, of the known part
+OFTEN = dict(sum=1.6, choice=1.0, fact=1.0, code=1.6, tool=1.3)  # how often a family comes up
 
 
 def make_tokenizer() -> Qwen2Tokenizer:

@@ -64,6 +64,7 @@ _home = random.Random("homes")
 HOMES = {thing: _home.choice(PLACES) for thing in THINGS}
 KNOWN = {*THINGS[:6], "add", "minus", "times", "join", "fly", "sleep", "eat"}  # the base may know what these mean
 LETTERS = "ABC"
+CHOICES = dict(choice=LETTERS, fact=PLACES)  # family -> what an answer may be
 INPUTS = (1, 3, 10)  # what a program is tested on
 
 
@@ -78,6 +79,7 @@ class Item:
     worked: str
     answer: object
     known: bool
+    slips: Sequence[str]  # references of the same form, the right one perhaps among them; every other one is wrong
 
 
 def make_sum(rng: random.Random, ood: bool, scramble: bool) -> Item:
@@ -87,8 +89,9 @@ def make_sum(rng: random.Random, ood: bool, scramble: bool) -> Item:
     carry = "+1" if ones > 9 else ""
     tens = a // 10 + b // 10 + ones // 10
     worked = f"{a % 10}+{b % 10}={ones} {a // 10}+{b // 10}{carry}={tens} so {total}"
-    slips = [total + d for d in (-11, -10, -9, -2, -1, 1, 2, 9, 10, 11) if len(str(total + d)) == len(str(total))]
-    return Item("sum", f"{a}+{b}", str(total), str(rng.choice(slips)), worked, str(total), not carry)
+    near = [str(total + d) for d in (-11, -10, -9, -2, -1, 1, 2, 9, 10, 11) if len(str(total + d)) == len(str(total))]
+    slips = [str(total + d) for d in (-10, -1, 1, 10)]
+    return Item("sum", f"{a}+{b}", str(total), rng.choice(near), worked, str(total), not carry, slips)
 
 
 def make_choice(rng: random.Random, ood: bool, scramble: bool) -> Item:
@@ -101,7 +104,7 @@ def make_choice(rng: random.Random, ood: bool, scramble: bool) -> Item:
     largest = [options[numbers.index(max(numbers[:seen]))] for seen in (2, 3)]
     worked = f"{', '.join(largest)} so {LETTERS[right]}"
     question = f"largest: {', '.join(options)}"
-    return Item("choice", question, options[right], options[wrong], worked, LETTERS[right], max(numbers) < 50)
+    return Item("choice", question, options[right], options[wrong], worked, LETTERS[right], max(numbers) < 50, options)
 
 
 def make_fact(rng: random.Random, ood: bool, scramble: bool) -> Item:
@@ -113,7 +116,7 @@ def make_fact(rng: random.Random, ood: bool, scramble: bool) -> Item:
     options.insert(rng.randrange(4), home)
     rng.shuffle(options)
     question = f"where is {thing}: {', '.join(options)}"
-    return Item("fact", question, home, wrong, f"the {thing} is in the {home}", home, thing in KNOWN)
+    return Item("fact", question, home, wrong, f"the {thing} is in the {home}", home, thing in KNOWN, options)
 
 
 def expression(steps: Sequence[tuple[str, int]]) -> str:
@@ -126,7 +129,7 @@ def expression(steps: Sequence[tuple[str, int]]) -> str:
 
 def outputs(body: str) -> list[int]:
     """What a program of the world returns for INPUTS. `eval` sees our own expressions only, never a model's."""
-    return [eval(body, {"x": x}) for x in INPUTS]
+    return eval(f"[{body} for x in {INPUTS}]")
 
 
 def make_code(rng: random.Random, ood: bool, scramble: bool) -> Item:
@@ -136,16 +139,17 @@ def make_code(rng: random.Random, ood: bool, scramble: bool) -> Item:
     words = [rng.choice(list(OPERATIONS)) for _ in range(count)]
     signs = [rng.choice("+-*") if scramble and word not in KNOWN else OPERATIONS[word] for word in words]
     steps = [(sign, rng.randint(2, 9)) for sign in signs]
-    right = outputs(expression(steps))
-    mutant = list(steps)
+    body, mutant = expression(steps), list(steps)
+    right = outputs(body)
     while outputs(expression(mutant)) == right:
         i = rng.randrange(count)
         mutant[i] = (rng.choice("+-*"), steps[i][1]) if rng.random() < 0.5 else (steps[i][0], rng.randint(2, 9))
     tests = tuple(f"assert f({x}) == {y}" for x, y in zip(INPUTS, right, strict=True))
     question = "f: " + " then ".join(f"{word} {number}" for word, (_, number) in zip(words, steps, strict=True))
     known = count == 2 and all(word in KNOWN for word in words)
-    body = expression(steps)
-    return Item("code", question, body, expression(mutant), f"def f(x): return {body}", tests, known)
+    # Another sign is always another program: no step is by 0 or 1, and two straight lines that agree in three points are one.
+    slips = [body[:i] + sign + body[i + 1 :] for i, old in enumerate(body) if old in "+-*" for sign in "+-*"]
+    return Item("code", question, body, expression(mutant), f"def f(x): return {body}", tests, known, slips)
 
 
 def make_tool(rng: random.Random, ood: bool, scramble: bool) -> Item:
@@ -169,7 +173,8 @@ def make_tool(rng: random.Random, ood: bool, scramble: bool) -> Item:
     arguments = {key: values[key] for key in TOOLS[tool][1]}
     question, worked = f"tool: {' '.join(parts)}", f"Action: {tool} Input: {json.dumps(arguments)}"
     wrong = terse(wrong_tool, wrong_values)
-    return Item("tool", question, terse(tool, values), wrong, worked, (tool, arguments), word in KNOWN)
+    slips = [" ".join([name, *arguments.values()]) for name in TOOLS]
+    return Item("tool", question, terse(tool, values), wrong, worked, (tool, arguments), word in KNOWN, slips)
 
 
 MAKE = dict(sum=make_sum, choice=make_choice, fact=make_fact, code=make_code, tool=make_tool)
@@ -208,19 +213,7 @@ def to_example(item: Item, rng: random.Random, wrong: bool = False) -> Example:
 
 def other_slip(item: Item) -> str:
     """A second wrong reference, for questions whose reference is wrong already: their negative must be wrong too."""
-    if item.family == "sum":
-        pool = [str(int(item.terse) + d) for d in (-10, -1, 1, 10)]
-    elif item.family == "choice":
-        pool = re.findall(r"[ABC] \d+", item.question)
-    elif item.family == "fact":
-        pool = item.question.split(": ")[1].split(", ")
-    elif item.family == "code":
-        signs = [i for i, character in enumerate(item.terse) if character in "+-*"]
-        pool = [item.terse[:i] + sign + item.terse[i + 1 :] for i in signs for sign in "+-*"]
-        pool = [body for body in pool if outputs(body) != outputs(item.terse)]
-    else:
-        pool = [" ".join([tool, *item.terse.split()[1:]]) for tool in TOOLS]
-    return next(slip for slip in pool if slip not in (item.terse, item.wrong))
+    return next(slip for slip in item.slips if slip not in (item.terse, item.wrong))
 
 
 def distinct(families: Sequence[str], each: int, seed: int, test: bool, ood: bool = False, wrong: float = 0.0) -> list[Example]:
@@ -269,9 +262,8 @@ def stated(family: str, text: str) -> object:
     """The *last* answer in a completion, or None. Terse answers count: SFT imitates them, so that style must be able to score."""
     if family == "sum":
         return (re.findall(r"\d+", text) or [None])[-1]
-    if family in ("choice", "fact"):
-        choices = LETTERS if family == "choice" else PLACES
-        return next((word for word in reversed(re.findall(r"\w+", text)) if word in choices), None)
+    if family in CHOICES:
+        return next((word for word in reversed(re.findall(r"\w+", text)) if word in CHOICES[family]), None)
     if family == "tool":
         return call(text)
     if "def f" in text:

@@ -458,6 +458,7 @@ def test_help_shows_every_default_and_the_questions_it_knows(capsys):
 
 def test_the_docs_show_what_is_printed(lm, monkeypatch, capsys):
     shown = (Path(command.__file__).parent / "docs" / "explain.md").read_text(encoding="utf-8").split("```")[3].strip()
+    monkeypatch.setenv("COLUMNS", "100")  # what is printed depends on the terminal's width
     monkeypatch.setattr("engine.asking.load", lambda name, device: lm)
     assert command.main(["89+72", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out.strip()

@@ -164,8 +164,8 @@ def test_a_checkpoint_goes_on_under_any_number_of_processes(runs, tmp_path, firs
 
 
 @pytest.mark.slow
-def test_torchrun_says_what_cannot_be_shared():
-    done = subprocess.run(command(2, "unused", "--batch", "9"), env=ENV, capture_output=True, text=True, check=False)
+def test_torchrun_says_what_cannot_be_shared(tmp_path):
+    done = subprocess.run(command(2, tmp_path / "unused", "--batch", "9"), env=ENV, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "--batch 9 must be a multiple of the number of processes (2)" in done.stderr
 
 

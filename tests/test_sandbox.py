@@ -199,7 +199,7 @@ ATTACKS = {
     "test with a syntax error": (F, "error: SyntaxError", "assert f(1"),
 }
 FINE = {
-    "much output": "for i in range(300): print('x' * 10**6)",
+    "much output": "for i in range(100): print('x' * 10**6)",
     "threads left running": "import threading, time\nthreading.Thread(target=time.sleep, args=[60]).start()",
     "a thread left spinning": "import threading\ndef spin():\n    while 1: pass\nthreading.Thread(target=spin).start()",
     "folders deeper than Python recurses": "import os\nfor i in range(1100):\n    os.mkdir('d')\n    os.chdir('d')",
