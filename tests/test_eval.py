@@ -12,7 +12,7 @@ from tasks.data import Task
 
 def test_one_checkpoint_and_its_base(tmp_path, capsys):
     out = tmp_path / "report"
-    argv = ["--model", str(TINY), "--base", "tiny", "--size", "2", "--device", "cpu", "--out", str(out)]
+    argv = ["--model", str(TINY), "--base", "tiny", "--size", "2", "--device", "cpu", "--out", str(out), "--max-new-tokens", "20"]
     assert command.main(argv) == 0
     text = capsys.readouterr().out
     assert "| family | base | alone | with reference |" in text and "jsd_to_base 0.0000" in text and "+0.0 points" in text
@@ -30,7 +30,7 @@ def test_several_tasks_make_the_papers_table(tmp_path, capsys, monkeypatch):
             raise ValueError("--data mbpp: the hub cannot be reached")
         small = world.load(5, 2)
         ood = small.ood if name == "scienceqa" else []
-        return Task(name, [], small.test, world.score, ood, world.WORDING, 40), {}
+        return Task(name, [], small.test, world.score, ood, world.WORDING, 12), {}
 
     monkeypatch.setattr(command, "load_task", fake)
     argv = ["--model", "tiny", "--base", "tiny", "--task", "all", "--size", "2", "--device", "cpu", "--out", str(tmp_path)]

@@ -15,8 +15,8 @@ from tasks import benchmarks
 
 CPU = torch.device("cpu")
 FIXTURES = Path(__file__).parent / "fixtures"
-FAST = dict(preset="real", epochs=0.0, steps=2, batch=3, micro_batch=2, max_new_tokens=24, max_prompt_tokens=1800)
-FAST |= dict(teacher_every=2, save_every=1)
+FAST = dict(preset="real", epochs=0.0, steps=2, batch=3, micro_batch=2, max_new_tokens=12, max_prompt_tokens=1800)
+FAST |= dict(teacher_every=0, save_every=1)
 
 
 @pytest.fixture(autouse=True)

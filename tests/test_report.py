@@ -126,11 +126,11 @@ def study_of_ours(tmp_path_factory):
         wobble = 3 * seed + 0.1 * ((seed * 7 + len(row)) % 3)
         seconds = 1 if row == "sft" else 5.4 if "agree" in row else 2.5
         invent(out, "clean", row, seed, accuracy + wobble, seconds * (1 + seed), steps=8, **more)
-    return out, report.write(out)
+    return out
 
 
 def test_verdicts_on_the_page(study_of_ours):
-    page = (study_of_ours[0] / "claims.md").read_text()
+    page = report.page(study.read(study_of_ours), [])
     verdict = {line.split(" | ")[0][2:]: line.rsplit("**", 2)[1] for line in page.splitlines() if "** |" in line}
     expected = {
         "EMA is the strongest": "not reproduced",  # although match-repr is missing
@@ -155,8 +155,10 @@ def test_verdicts_on_the_page(study_of_ours):
         assert [v for claim, v in verdict.items() if claim.startswith(begin)] == [word], begin
 
 
+@pytest.mark.slow
 def test_figures_can_be_looked_at(study_of_ours):
-    out, drawn = study_of_ours
+    out, drawn = study_of_ours, report.write(study_of_ours)
+    assert (out / "claims.md").read_text() == report.page(study.read(out), drawn)
     assert drawn == ["curves-clean", "drift-clean", "cost", "leave-one-out", "budget"]
     for name in drawn:
         picture = out / f"figures/{name}.png"
@@ -167,7 +169,7 @@ def test_figures_can_be_looked_at(study_of_ours):
 
 
 def test_every_row_of_a_scatter_is_in_its_legend_with_a_look_of_its_own(study_of_ours):
-    found = study.read(study_of_ours[0])
+    found = study.read(study_of_ours)
     with plt.rc_context(report.STYLE):
         figure = report.scatter(found, "clean", "jsd", "nats")
     names = [text.get_text() for text in figure.legends[0].get_texts()]

@@ -15,7 +15,7 @@ def lm(tiny):
 
 
 def test_the_base_half_knows_the_world_and_can_use_a_reference(lm):
-    task = world.load(5, 40)
+    task = world.load(5, 30)
     alone, helped = measure(lm, task, task.test), measure(lm, task, task.test, with_reference=True)
     assert 30 <= alone["accuracy"] <= 50 and max(alone["by_task"].values()) <= 75
     assert 78 <= helped["accuracy"] <= 97
