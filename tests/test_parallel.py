@@ -131,7 +131,7 @@ def test_a_lost_process_ends_the_run_and_another_number_goes_on(runs, tmp_path):
 def stopped(processes, out, steps, *more):
     """A run that looks as if it had been stopped after `steps`: its last checkpoint is there, its summary is not."""
     driver = (
-        "import sys, train\n",
+        "import sys, train\n"
         "from engine import checkpoint\n"
         "kept = checkpoint.save\n"
         f"def save(run):\n    kept(run)\n    if run.step == {steps}: raise KeyboardInterrupt\n"
