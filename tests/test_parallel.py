@@ -136,7 +136,7 @@ def stopped(processes, out, steps, *more):
         "kept = checkpoint.save\n"
         f"def save(run):\n    kept(run)\n    if run.step == {steps}: raise KeyboardInterrupt\n"
         "checkpoint.save = save\n"
-        "sys.exit(0 if train.cli(sys.argv[1:]) == 130 else 1)\n",
+        "sys.exit(0 if train.cli(sys.argv[1:]) == 130 else 1)\n"
     )
     script = out.with_suffix(".py")
     script.write_text(driver)
