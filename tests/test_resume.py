@@ -87,14 +87,14 @@ def test_the_scale_of_fp16_is_in_the_checkpoint(tmp_path, monkeypatch, tiny):
         return loss, values
 
     monkeypatch.setattr(train, "chunked_objective", objective)
-    fast = dict(steps=2, batch=4, micro_batch=4, eval_size=1, train_size=20, max_new_tokens=16, dtype="fp16", ema_every=1)
-    straight, rows = steps_of(tmp_path / "a", **fast)
+    fast = dict(steps=2, batch=4, micro_batch=4, eval_size=1, train_size=20, max_new_tokens=16, dtype="fp16")
+    straight, rows = steps_of(tmp_path / "a", "sd", **fast)
     assert [math.isfinite(r["grad_norm"]) for r in rows] == [False, True]
     calls.clear()
-    steps_of(tmp_path / "b", last=1, **fast)
+    steps_of(tmp_path / "b", "sd", last=1, **fast)
     state = torch.load(tmp_path / "b" / "checkpoint-1" / "state.pt", weights_only=True)
     assert state["scaler"]["scale"] == 65536 / 2 and not state["optimizer"]  # halved, and nothing was updated
-    resumed, _ = steps_of(tmp_path / "b", resume=True, **fast)
+    resumed, _ = steps_of(tmp_path / "b", "sd", resume=True, **fast)
     assert_same_rows(tmp_path / "b", tmp_path / "a")
     a, b, base = (m.state_dict() for m in (straight.lm.model, resumed.lm.model, tiny.model))
     assert all((a[n] == b[n]).all() for n in a) and any((a[n] != base[n]).any() for n in a)

@@ -34,10 +34,10 @@ def timed_rows(out):
 
 
 EVALUATED = [r for r in RECIPES if r not in ("raw", "privileged")]
-SOME = ("sd",)  # and unisd-star, for 20 steps, below
 
 
-@pytest.mark.parametrize("recipe", [pytest.param(r, marks=[pytest.mark.slow] * (r not in SOME)) for r in EVALUATED])
+@pytest.mark.slow  # quick are: 20 steps of unisd-star (below), and one step of every recipe (test_plan.py)
+@pytest.mark.parametrize("recipe", EVALUATED)
 def test_every_recipe_trains(recipe, tmp_path):
     summary = train.main(make(recipe, out=str(tmp_path / "o"), **FAST))
     check_run(tmp_path / "o", recipe, 3)
