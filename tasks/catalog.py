@@ -1,12 +1,12 @@
-"""catalog.py - a name -> a Task: the tiny world, a benchmark of the hub, or a file of your own.
+"""catalog.py - a name -> a Task: the tiny world, a benchmark of the hub, real function calls, or a file of your own.
 
 It exists so that training and evaluation mean the same questions by the same name.
 A new task needs a line here, questions (`data.Example`) and a scorer; docs/exercises.md adds a family to the tiny world.
 
-Depends on data.py, world.py, benchmarks.py, jsonl.py.   Try it:  python -m pytest tests/test_data.py -q
+Depends on data.py, world.py, benchmarks.py, bfcl.py, jsonl.py.   Try it:  python -m pytest tests/test_data.py -q
 """
 
-from tasks import benchmarks, jsonl, world
+from tasks import benchmarks, bfcl, jsonl, world
 from tasks.data import Task
 
 
@@ -26,4 +26,6 @@ def load_task(
     settings = dict(test_size=test_size, seed=seed, negatives=train_size is not None)
     if jsonl.is_file(name):
         return jsonl.load_jsonl(name, train_size=train_size or 0, **settings)
+    if name == "bfcl":
+        return bfcl.load(train_size=train_size, **settings)
     return benchmarks.load_task(name, train_size=train_size, **settings)
