@@ -7,8 +7,8 @@ what it forgot.
 
 What: per task, accuracy of the model and of its base on the same questions, the paired difference with its 95 %
 interval, the out-of-distribution task that belongs to it, gold-solution perplexity, drift, length, entropy and the
-share that ended by itself. `--out` receives eval.json, eval.md, a figure and the generated answers, which are used
-again only for the very same weights, prompts and settings. A task that cannot be loaded is named and left out; the
+share that ended by itself. `--out` receives eval.json, eval.md, a figure, answers.jsonl (every question with its answers) and a
+cache of the generated tokens, which are used again only for the very same weights, prompts and settings. A task that cannot be loaded is named and left out; the
 others go on.
 
 Depends on metrics.py, world.py, benchmarks.py, jsonl.py, rollout.py, config.py.   Try it:  python -m pytest tests/test_eval.py -q
@@ -63,7 +63,20 @@ def evaluate(model: Loaded, base: Loaded | None, task: Task, limit: int, cache: 
         hits = lambda who: list(compress(report[who]["alone"]["correct"], scored))
         report["paired"] = metrics.paired(hits("model"), hits("base")) if any(scored) else None
         report["drift"] = metrics.drift(model, base, task, task.test, limit, cache)
+    report["answers"] = answers_of(report, task)
     return report
+
+
+def answers_of(report: dict, task: Task) -> list[dict]:
+    """The rows of answers.jsonl; the texts leave the report, where nobody would look for them."""
+    sides = {"alone": task.test, "with_reference": task.test, "ood": task.ood}
+    rows = {"alone": {}, "ood": {}}  # columns for the questions of the task, and for those out of distribution
+    for who in [w for w in ("base", "model") if w in report]:
+        for part in [p for p in sides if p in report[who]]:
+            name = f"{who}_with_reference" if part == "with_reference" else who
+            rows["ood" if part == "ood" else "alone"][name] = dict(report[who][part])
+            del report[who][part]["texts"]
+    return [row for part, columns in rows.items() if columns for row in metrics.answer_rows(sides[part], columns)]
 
 
 def one_task(report: dict) -> str:
@@ -178,10 +191,12 @@ def main(argv: list[str] | None = None) -> int:
     text = "\n\n".join(map(one_task, reports))
     if len(reports) > 1:
         text = table_1(reports) + "\n\n" + text
+    answers = [row for report in reports for row in report.pop("answers")]
     if args.out:
         out = Path(args.out)
-        (out / "eval.json").write_text(json.dumps(reports, indent=1) + "\n")
-        (out / "eval.md").write_text(text + "\n")
+        metrics.write_rows(out / "answers.jsonl", answers)
+        (out / "eval.json").write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
+        (out / "eval.md").write_text(text + "\n", encoding="utf-8")
         if rows_of(reports):
             figure(reports, out / "eval.png")
     print(text)

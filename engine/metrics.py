@@ -17,6 +17,7 @@ Depends on losses.py, reading.py, data.py, rollout.py, parallel.py.   Try it:  p
 """
 
 import hashlib
+import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -75,13 +76,14 @@ def measure(
     """Greedy accuracy and what the answers look like. Shares are in per cent.
 
     -> {"accuracy": mean over families, "by_task", "interval", "abstained", "length" (tokens), "eos" (ended by itself),
-    "n", "scored": how many of them can be, "correct": one bool per example, "extra": per family, the mean of every further
+    "n", "scored": how many of them can be, "correct": one bool per example, "texts": the answers, "extra": per family, the mean of every further
     number that the scorer gives}
     A family without answers cannot be scored: None in "by_task", and in "accuracy" if there is no other.
     """
     limit = limit or task.max_new_tokens
     ids, mask = answers(lm, prompts_for(lm, task, examples, with_reference, limit), limit, cache)
-    results = task.score(examples, decode(lm, ids, mask))
+    texts = decode(lm, ids, mask)
+    results = task.score(examples, texts)
     families = list(dict.fromkeys(e.task for e in examples))
     per_family = {f: [r for e, r in zip(examples, results, strict=True) if e.task == f] for f in families}
     scored = {e.task for e in examples if e.answer is not None}
@@ -96,6 +98,7 @@ def measure(
         "n": len(examples),
         "scored": sum(len(per_family[f]) for f in scored),
         "correct": [bool(r["correct"]) for r in results],
+        "texts": texts,
         "extra": {f: extra_means(rs) for f, rs in per_family.items()},
     }
 
@@ -137,6 +140,25 @@ def fingerprint(lm: Loaded) -> str:
         digest.update(name.encode() + p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     lm.hashed = (state, digest.hexdigest())
     return lm.hashed[1]
+
+
+def answer_rows(examples: Sequence[Example], columns: dict[str, dict]) -> list[dict]:
+    """A row per question for answers.jsonl: what was answered to it, and whether that was right.
+
+    columns: {"before": what measure gave for these examples, "after": ...}
+    """
+    rows = []
+    for i, e in enumerate(examples):
+        row = {"family": e.task, "question": e.question, "reference": e.reference}
+        for name, found in columns.items():
+            row |= {name: found["texts"][i], f"{name}_correct": found["correct"][i] if e.answer is not None else None}
+        rows.append(row)
+    return rows
+
+
+def write_rows(path: Path, rows: Sequence[dict]) -> None:
+    """One JSON object per line, in UTF-8."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def paired(a: Sequence[bool], b: Sequence[bool]) -> dict:

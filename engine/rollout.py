@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from engine.parallel import ALONE, Alone
@@ -199,13 +200,16 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     rows: dict[int, Tensor] = {}
     decoded = 0
-    with torch.no_grad(), lm.autocast(), answering(lm.model, config):
+    steps = -(-len(order) // lm.sample_batch) * max_new_tokens
+    look = dict(desc=f"answers of up to {max_new_tokens} tokens", unit="token", leave=False, delay=10, disable=bool(lm.ranks.rank))
+    with torch.no_grad(), lm.autocast(), answering(lm.model, config), tqdm(total=steps, **look) as bar:
         for start in range(0, len(order), lm.sample_batch):
             batch = order[start : start + lm.sample_batch]
             ids, mask = left_pad([prompts[i] for i in batch], lm.device)
             batch_noise = noise[batch].to(lm.device) if temperature > 0 else None
-            draw = Draw(lm.vocab, ids.shape[1], temperature, batch_noise)
+            draw = Draw(lm.vocab, ids.shape[1], temperature, batch_noise, bar)
             answers, computed = continue_rows(lm.model, ids, mask, config, draw)
+            bar.update((start // lm.sample_batch + 1) * max_new_tokens - bar.n)
             rows.update(zip(batch, answers, strict=True))
             decoded += computed
     ids, _ = right_pad([rows[i].tolist() for i in range(len(prompts))], lm.device, fill=pad)

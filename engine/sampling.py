@@ -31,7 +31,7 @@ class Draw(LogitsProcessor):
     """Choose the next token, and leave it as the only possible one. Padded vocabulary (Qwen2.5's table is larger than its
     tokenizer) is never chosen.
 
-    noise (B, T) uniform in [0, 1), or None for the likeliest token; column t decides new token t.
+    noise (B, T) uniform in [0, 1), or None for the likeliest token; column t decides new token t. bar: of progress, one per token.
 
     The draw inverts the cumulative distribution: every token owns a stretch of [0, 1) as long as its probability, and the
     random number says whose stretch it fell into. Four tokens, and the number .55:
@@ -44,10 +44,12 @@ class Draw(LogitsProcessor):
     batch, after any interruption, on any number of processes, and in a run that was resumed.
     """
 
-    def __init__(self, vocab: int, width: int, temperature: float, noise: Tensor | None):
-        self.vocab, self.width, self.temperature, self.noise = vocab, width, temperature, noise
+    def __init__(self, vocab: int, width: int, temperature: float, noise: Tensor | None, bar=None):
+        self.vocab, self.width, self.temperature, self.noise, self.bar = vocab, width, temperature, noise, bar
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.bar is not None:
+            self.bar.update()
         logits = scores[:, : self.vocab]
         if self.noise is None:
             chosen = logits.argmax(-1, keepdim=True)
@@ -103,7 +105,7 @@ def continue_rows(
             input_ids=ids,
             attention_mask=attended,
             generation_config=config,
-            logits_processor=LogitsProcessorList([Draw(draw.vocab, width, draw.temperature, noise)]),
+            logits_processor=LogitsProcessorList([Draw(draw.vocab, width, draw.temperature, noise, draw.bar)]),
             stopping_criteria=StoppingCriteriaList([finished]),
             **({CACHE: cache} if cache is not None else {}),
         )

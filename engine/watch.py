@@ -10,7 +10,10 @@ Depends on metrics.py, checkpoint.py, rollout.py; matplotlib for the curves.
 """
 
 import json
+import os
+import shutil
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -21,7 +24,9 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from engine import checkpoint, metrics
+from engine.page import fitted, visible
 from engine.rollout import decode, load
+from tasks.data import Example
 
 # Colours that stay apart for every kind of colour vision (Okabe and Ito's).
 INK = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
@@ -82,9 +87,20 @@ class Watch:
                     ]
             row["student_accuracy"] = metrics.measure(run.lm, run.task, self.held_out, False, run.cfg.max_new_tokens)["accuracy"]
         if run.cfg.sample_every and run.step % run.cfg.sample_every == 0:
-            example = " ".join(run.lm.tokenizer.decode(batch.student[0], skip_special_tokens=True).split())
-            answer = " ".join(decode(run.lm, batch.ids[:1], batch.mask[:1])[0].split())
-            self.bar.write(f"step {run.step}: {example[-160:]}  ->  {answer[:160]}")
+            (example,) = (run.task.train[i] for i in run.usable if run.prompts[i]["student"] is batch.student[0])
+            (answer,) = decode(run.lm, batch.ids[:1], batch.mask[:1])
+            verdict = run.task.score([example], [answer])[0]["correct"] if example.answer is not None else None
+            self.bar.write(sample(run.step, example, answer, verdict, shutil.get_terminal_size().columns))
+
+
+def sample(step: int, example: Example, answer: str, correct: bool | None, width: int) -> str:
+    """A training question, the student's own answer and the reference, a line each and cut to the terminal; green or red."""
+    name, code = {True: ("right", "32"), False: ("wrong", "31"), None: ("not scored", "0")}[correct]
+    rows = [(f"step {step}", example.question), (name, answer), ("reference", example.reference)]
+    lines = [fitted(f"  {title:<10} {' '.join(visible(text).split())}", width - 1).rstrip() for title, text in rows]
+    if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+        lines[1] = f"\033[{code}m{lines[1]}\033[0m"
+    return "\n".join(lines)
 
 
 class Clock:
@@ -161,7 +177,7 @@ def before_training(run, out: Path) -> dict:
     if run.cfg.resume and known.exists():
         return json.loads(known.read_text())
     lm, task, size = run.lm, run.task, run.cfg.max_new_tokens
-    print(f"measuring {len(task.test)} held-out questions, alone and with their reference ...")
+    print(f"measuring {len(task.test)} held-out questions, alone and with their reference, in answers of up to {size} tokens ...")
     found = {
         "alone": metrics.measure(lm, task, task.test, False, size),
         "ceiling": metrics.measure(lm, task, task.test, True, size),
@@ -210,6 +226,10 @@ def after_training(run, out: Path, before: dict, begun: float) -> dict:
     }
     checkpoint.write_json(out / "summary.json", summary)
     if not run.ranks.rank:
+        rows = metrics.answer_rows(task.test, {"before": before["alone"], "after": alone, "with_reference": before["ceiling"]})
+        rows += metrics.answer_rows(task.ood, {"before": before["ood"], "after": ood}) if ood else []
+        with checkpoint.disk("answers.jsonl"):
+            metrics.write_rows(out / "answers.jsonl", rows)
         checkpoint.clear(out)
     columns = {"before": before["alone"], "after": alone, "ceiling (base with reference)": before["ceiling"]}
     print("\n" + metrics.table(columns))

@@ -2,6 +2,7 @@
 
     python -m experiments.study --quick                      a first look: 4 recipes, 2 seeds; estimated 8 minutes on 2 cores
     python -m experiments.study                              the full study: 5 seeds; estimated just under 3 hours
+    python -m experiments.study --world real                 SmolLM2-135M instead of the tiny world; hours on a CPU
     python -m experiments.study --recipes budget-10 budget-50 --settings clean wrong       further rows join the same table
 
 The idea: a cell of the table is one ordinary `python train.py` in a process of its own, with one thread, at most one per core.
@@ -9,7 +10,7 @@ After every cell <out>/cells.json (the numbers of every run) and <out>/table.md 
 adds figures and the page of claims. Stop it at any moment: the same command goes on, from cells.json alone if need be. It exists
 so that no number is chosen by its result: whatever is finished is in the table, and whatever failed is named below it.
 
-Depends on tiny.toml (the plan), config.py; train.py and report.py as commands.   Try it:  python -m pytest tests/test_study.py -q
+Depends on tiny.toml and real.toml (the plans), config.py; train.py and report.py as commands.   Try it:  python -m pytest tests/test_study.py -q
 """
 
 import argparse
@@ -31,11 +32,13 @@ from tqdm import tqdm
 from engine.config import RECIPES
 
 ROOT = Path(__file__).parents[1]
-PLAN = tomllib.loads((ROOT / "experiments/tiny.toml").read_text(encoding="utf-8"))
-SETTINGS = {name: flags.split() for name, flags in PLAN["settings"].items()}
+WORLDS = {w: tomllib.loads((ROOT / f"experiments/{w}.toml").read_text(encoding="utf-8")) for w in ("tiny", "real")}
+PLAN = WORLDS["tiny"]
+WORLD_OF = {setting: world for world, plan in WORLDS.items() for setting in plan["settings"]}
+SETTINGS = {name: WORLDS[world]["settings"][name].split() for name, world in WORLD_OF.items()}
 ROWS = {recipe: ["--recipe", recipe] for recipe in RECIPES if recipe != "privileged"}
-ROWS |= {name: flags.split() for name, flags in PLAN["rows"].items()}
-FULL = {setting: rows.split() for setting, rows in PLAN["full"].items()}
+ROWS |= {name: flags.split() for plan in WORLDS.values() for name, flags in plan["rows"].items()}
+FULL = {name: WORLDS[world]["full"][name].split() for name, world in WORLD_OF.items()}
 QUICK, QUICK_SEEDS = PLAN["quick"]["rows"].split(), PLAN["quick"]["seeds"]
 # Two-sided 95 % quantiles of Student's t for 1 ... 9 degrees of freedom. With few seeds the normal 1.96 would be far too sure.
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -49,7 +52,7 @@ class Cell(NamedTuple):
     seed: int
 
     def expected(self) -> int:
-        return next(seconds for name, seconds in PLAN["seconds"].items() if name in self.row)
+        return next(seconds for name, seconds in WORLDS[WORLD_OF[self.setting]]["seconds"].items() if name in self.row)
 
 
 # --- running
@@ -60,8 +63,8 @@ def run(cell: Cell, out: Path, extra: list[str]) -> str:
     folder = out / "runs" / cell.setting / f"{cell.row}-seed{cell.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     resume = ["--resume"] if (folder / "settings.json").exists() else []
-    flags = ["--seed", str(cell.seed), "--out", str(folder), "--sample-every", "0", "--teacher-every", "60", *extra, *resume]
-    command = [sys.executable, "train.py", *ROWS[cell.row], *SETTINGS[cell.setting], *flags]
+    fixed = ["--seed", str(cell.seed), "--out", str(folder), "--sample-every", "0", "--teacher-every", "60"]
+    command = [sys.executable, "train.py", *ROWS[cell.row], *fixed, *SETTINGS[cell.setting], *extra, *resume]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     (folder / "failed.txt").unlink(missing_ok=True)
     if done.returncode in (0, 130):  # 130: stopped by hand
@@ -189,7 +192,7 @@ def table_row(name: str, runs: list[dict], families: list[str]) -> str:
 
 def markdown(found: dict, out: Path) -> str:
     """The table as the README shows it, one for each setting; below it what failed and has not succeeded since."""
-    lines = [PLAN["page"]["table"]]
+    lines = [WORLDS[world]["page"]["table"] for world in dict.fromkeys(WORLD_OF.get(s, "tiny") for s in found)]
     for setting in dict.fromkeys([*found, *sorted(path.name for path in out.glob("runs/*"))]):
         rows = {name: list(runs.values()) for name, runs in found.get(setting, {}).items()}
         failed = [p for p in sorted(out.glob(f"runs/{setting}/*/failed.txt")) if not p.with_name("summary.json").exists()]
@@ -227,19 +230,24 @@ def main(argv: list[str] | None = None) -> int:
     add, quick = parser.add_argument, f"{', '.join(QUICK)} in clean, {QUICK_SEEDS} seeds: estimated 8 minutes on 2 cores"
     rows = f"rows of the table (default: those of the full study): {', '.join(ROWS)}"
     add("--recipes", nargs="+", choices=ROWS, metavar="ROW", help=rows)
-    add("--settings", nargs="+", choices=SETTINGS, help="what the data are like (default: all; with --recipes: clean)")
-    add("--seeds", type=int, default=5, help="seeds 0 ... N-1 (default: %(default)s)")
-    add("--out", default="runs/study", help="where table, figures and runs go (default: %(default)s)")
+    worlds = "tiny: the embedded model and its world; real: SmolLM2-135M on sums and on function calls (default: %(default)s)"
+    add("--world", choices=WORLDS, default="tiny", help=worlds)
+    add("--settings", nargs="+", choices=SETTINGS, help="what the data are like (default: all; with --recipes: the world's first)")
+    add("--seeds", type=int, help="seeds 0 ... N-1 (default: 5 in the tiny world, 3 in the real one)")
+    add("--out", help="where table, figures and runs go (default: runs/study, of the real world runs/study-real)")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each (default: %(default)s)")
     add("--quick", action="store_true", help=quick)
     add("--train", nargs=argparse.REMAINDER, default=[], help="further flags for train.py, last on the line")
     args = parser.parse_args(argv)
     if args.quick:
         args.recipes, args.seeds = QUICK, QUICK_SEEDS
-    settings = args.settings or (["clean"] if args.recipes else list(FULL))
+    plan = WORLDS[args.world]
+    settings = args.settings or list(plan["settings"])[: 1 if args.recipes else None]
+    seeds = range(args.seeds if args.seeds is not None else plan["page"]["seeds"])
     # Seeds first, so that a study stopped early has whole columns of few seeds rather than few recipes of many.
-    cells = [Cell(s, row, seed) for seed in range(args.seeds) for s in settings for row in args.recipes or FULL[s]]
-    out, begun = Path(args.out).resolve(), time.perf_counter()  # absolute: the runs are started in this repository's folder
+    cells = [Cell(s, row, seed) for seed in seeds for s in settings for row in args.recipes or FULL[s]]
+    # Absolute: the runs are started in this repository's folder.
+    out, begun = Path(args.out or plan["page"]["out"]).resolve(), time.perf_counter()
     try:
         failed = run_all(cells, out, max(1, args.jobs), args.train)
     except KeyboardInterrupt:
@@ -247,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     found = read(out)
     print(f"\n{write(found, out)}\n{len(cells)} runs, {time.perf_counter() - begun:.0f} s -> {out / 'table.md'}", flush=True)
-    if found:
+    if found and args.world == "tiny":
         subprocess.run([sys.executable, "-m", "experiments.report", str(out)], cwd=ROOT, check=True)
     return 1 if failed else 0
 

@@ -168,7 +168,8 @@ def plain(text: str) -> str:
 def _judge_text(answer: dict, text: str) -> dict:
     """What follows the last "answer is" or "Answer:" counts, else the last line."""
     stated = _ANSWER_IS.split(text)[1:]
-    said = (stated[-1].strip().split("\n")[0].strip() if stated else last_line(text)) or None
+    said = stated[-1].strip().split("\n")[0].strip() if stated else last_line(text)
+    said = re.sub(r"^<(.*)>\.?$", r"\1", said) or None  # in the dress of a placeholder: Answer: <Paris>
     correct = said is not None and plain(said) == plain(answer["value"])
     return _result(said, correct, last_line(text).startswith(answer["mark"])) | {"said": said}
 

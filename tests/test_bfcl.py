@@ -17,8 +17,14 @@ real = pytest.mark.skipif(not installed, reason="bfcl-eval is not installed")
 
 
 def function(name, required=(), **properties):
-    kinds = {n: dict(zip(("type", "items"), (k.split("-")[0], {"type": k.split("-")[-1]}), strict=True)) for n, k in properties.items()}
-    return {"name": name, "description": f"Does {name}.", "parameters": {"type": "dict", "properties": kinds, "required": [*required]}}
+    kinds = {
+        n: dict(zip(("type", "items"), (k.split("-")[0], {"type": k.split("-")[-1]}), strict=True)) for n, k in properties.items()
+    }
+    return {
+        "name": name,
+        "description": f"Does {name}.",
+        "parameters": {"type": "dict", "properties": kinds, "required": [*required]},
+    }
 
 
 ORDER = function("shop.order", ["item", "count"], item="string", count="integer", price="float", tags="array-string", where="dict")
@@ -33,7 +39,9 @@ def records(n=24):
     rows, answers = [], []
     for i in range(n):
         name = f"lamp {i}"
-        rows.append({"id": f"r{i}", "question": [[{"role": "user", "content": f"Order {i + 1} of {name}."}]], "function": [ORDER, CANCEL]})
+        rows.append(
+            {"id": f"r{i}", "question": [[{"role": "user", "content": f"Order {i + 1} of {name}."}]], "function": [ORDER, CANCEL]}
+        )
         truth = [{"shop.order": TRUTH | {"item": [name], "count": [i + 1]}}]
         answers.append({"id": f"r{i}", "ground_truth": truth})
     return rows, answers
@@ -83,7 +91,12 @@ def test_the_rule(call, right):
 
 
 def test_an_int_may_stand_for_a_float_and_a_value_for_a_variable():
-    answer = {"name": "f", "allowed": {"x": [3.0], "y": ["n"]}, "kinds": {"x": ("float", None), "y": ("integer", None)}, "required": []}
+    answer = {
+        "name": "f",
+        "allowed": {"x": [3.0], "y": ["n"]},
+        "kinds": {"x": ("float", None), "y": ("integer", None)},
+        "required": [],
+    }
     assert is_right("f", {"x": 3, "y": "n"}, answer)  # y: where an integer is documented the answer names a variable
     assert not is_right("f", {"x": 3, "y": 5}, answer) and not is_right("f", {"x": "3", "y": "n"}, answer)
 
