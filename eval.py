@@ -7,9 +7,9 @@ what it forgot.
 
 What: per task, accuracy of the model and of its base on the same questions, the paired difference with its 95 %
 interval, the out-of-distribution task that belongs to it, gold-solution perplexity, drift, length, entropy and the
-share that ended by itself. `--out` receives eval.json, eval.md, a figure, answers.jsonl (every question with its answers) and a
-cache of the generated tokens, which are used again only for the very same weights, prompts and settings. A task that cannot be loaded is named and left out; the
-others go on.
+share that ended by itself. `--out` receives eval.json, eval.md, a figure, answers.jsonl (every question with its answers)
+and a cache of the generated tokens, which are used again only for the very same weights, prompts and settings. A task that
+cannot be loaded is named and left out; the others go on.
 
 Depends on metrics.py, world.py, benchmarks.py, jsonl.py, rollout.py, config.py.   Try it:  python -m pytest tests/test_eval.py -q
 """
@@ -29,6 +29,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from engine import any_console, metrics
+from engine.build import warn_of_foreign_words
 from engine.config import saved_settings
 from engine.rollout import Loaded, choose_device, load
 from tasks.catalog import load_task
@@ -56,6 +57,7 @@ def evaluate(model: Loaded, base: Loaded | None, task: Task, limit: int, cache: 
         task.test, task.ood = (metrics.that_fit(lm, side, limit) for side in (task.test, task.ood))
     if not task.test:
         raise ValueError(f"--task {task.name}: no question fits beside an answer of {limit} tokens; lower --max-new-tokens")
+    warn_of_foreign_words(model, task)
     report = {"task": task.name, "n": len(task.test), "model": one_model(model, task, limit, cache)}
     if base:
         report["base"] = one_model(base, task, limit, cache)
@@ -69,14 +71,14 @@ def evaluate(model: Loaded, base: Loaded | None, task: Task, limit: int, cache: 
 
 def answers_of(report: dict, task: Task) -> list[dict]:
     """The rows of answers.jsonl; the texts leave the report, where nobody would look for them."""
-    sides = {"alone": task.test, "with_reference": task.test, "ood": task.ood}
-    rows = {"alone": {}, "ood": {}}  # columns for the questions of the task, and for those out of distribution
-    for who in [w for w in ("base", "model") if w in report]:
-        for part in [p for p in sides if p in report[who]]:
-            name = f"{who}_with_reference" if part == "with_reference" else who
-            rows["ood" if part == "ood" else "alone"][name] = dict(report[who][part])
-            del report[who][part]["texts"]
-    return [row for part, columns in rows.items() if columns for row in metrics.answer_rows(sides[part], columns)]
+    rows = []
+    for examples, parts in ((task.test, ("alone", "with_reference")), (task.ood, ("ood",))):
+        found = {(who, part): report[who][part] for who in ("base", "model") for part in parts if part in report.get(who, {})}
+        columns = {who + "_with_reference" * (part == "with_reference"): dict(x) for (who, part), x in found.items()}
+        rows += metrics.answer_rows(examples if found else [], columns)
+        for measured in found.values():
+            del measured["texts"]
+    return rows
 
 
 def one_task(report: dict) -> str:
@@ -149,25 +151,15 @@ def figure(reports: list[dict], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Held-out accuracy of any checkpoint, alone and with the reference; with --base also how far it has drifted from
-    it.
-    """
+    """Held-out accuracy of any checkpoint, alone and with the reference; with --base also how far it has drifted from it."""
     how = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(prog="eval.py", description=main.__doc__, formatter_class=how, allow_abbrev=False)
     parser.add_argument("--model", required=True, help="short name, hub id, or folder (a run's --out)")
     parser.add_argument("--base", default="", help="compare with this model and measure drift from it ('' = do not)")
-    parser.add_argument(
-        "--task",
-        "--data",  # as train.py calls it
-        default="tiny",
-        help=f"tiny, a benchmark, a .jsonl file (its test questions), or all ({', '.join(TABLE_1)})",
-    )
-    parser.add_argument(
-        "--size",
-        type=at_least(0),
-        default=100,
-        help="questions per family of the tiny world, else per task (0 = all; the tiny world has no end: 100)",
-    )
+    what = f"tiny, bfcl, a benchmark, a .jsonl file (its test questions), or all ({', '.join(TABLE_1)})"
+    parser.add_argument("--task", "--data", default="tiny", help=what)  # --data: as train.py calls it
+    many = "questions per family of the tiny world, else per task (0 = all; the tiny world has no end: 100)"
+    parser.add_argument("--size", type=at_least(0), default=100, help=many)
     parser.add_argument("--max-new-tokens", type=at_least(0), default=0, help="longest answer (0 = the run's, else the task's)")
     parser.add_argument("--sample-batch", type=at_least(1), default=256, help="prompts answered together; bounds memory")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")

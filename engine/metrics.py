@@ -76,8 +76,8 @@ def measure(
     """Greedy accuracy and what the answers look like. Shares are in per cent.
 
     -> {"accuracy": mean over families, "by_task", "interval", "abstained", "length" (tokens), "eos" (ended by itself),
-    "n", "scored": how many of them can be, "correct": one bool per example, "texts": the answers, "extra": per family, the mean of every further
-    number that the scorer gives}
+    "n", "scored": how many of them can be, "correct": one bool per example, "texts": the answers, "extra": per family, the mean
+    of every further number that the scorer gives}
     A family without answers cannot be scored: None in "by_task", and in "accuracy" if there is no other.
     """
     limit = limit or task.max_new_tokens

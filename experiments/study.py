@@ -10,7 +10,8 @@ After every cell <out>/cells.json (the numbers of every run) and <out>/table.md 
 adds figures and the page of claims. Stop it at any moment: the same command goes on, from cells.json alone if need be. It exists
 so that no number is chosen by its result: whatever is finished is in the table, and whatever failed is named below it.
 
-Depends on tiny.toml and real.toml (the plans), config.py; train.py and report.py as commands.   Try it:  python -m pytest tests/test_study.py -q
+Depends on tiny.toml and real.toml (the plans), config.py; train.py, report.py as commands.
+Try it:  python -m pytest tests/test_study.py -q
 """
 
 import argparse

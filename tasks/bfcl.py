@@ -170,7 +170,7 @@ def is_right(name: str, arguments: dict, answer: dict) -> bool:
 
 
 def fits(value: Any, allowed: list, kind: str, item: str | None) -> bool:
-    """Is a value of the documented type, and one of those allowed? An int may stand for a float, a tuple for a list of that type."""
+    """Is a value of the documented type, and one of those allowed? An int may stand for a float, a tuple for its list."""
     value = float(value) if kind == "float" and type(value) is int else value
     value = list(value) if kind == "tuple" and type(value) is tuple else value
     kept = next((type(a) for a in allowed if a != ""), None)  # the type that the answers have: a text for a variable's name

@@ -1,6 +1,7 @@
 """Your own file: every kind of line is read right, a bad one costs nothing but itself, and what is odd is named."""
 
 import json
+import re
 import warnings
 
 import pytest
@@ -294,6 +295,7 @@ def test_without_answers_nothing_is_called_wrong(tmp_path, capsys):
     path, out = write(tmp_path, *(line(f"q{i}") for i in range(6))), tmp_path / "a"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="the tiny model has never met")
         summary = run(path, out, "--recipe", "sd", "--teacher-every", "1")
     assert summary["after"]["accuracy"] is None and summary["after"]["by_task"] == {"unscored": None}
     assert "accuracy not scored -> not scored" in capsys.readouterr().out and (out / "curves.png").exists()
@@ -303,6 +305,14 @@ def test_without_answers_nothing_is_called_wrong(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "not scored" in told and "points" not in told and "jsd_to_base" in told
     assert "length 8.0 tokens" in told  # the run's own limit
+
+
+def test_the_tiny_model_says_how_much_of_other_text_it_knows(tmp_path, no_picture):
+    path = write(tmp_path, *(line(f"where is penguin number {i}") for i in range(6)))
+    with pytest.warns(UserWarning, match=r"never met (\d+) per cent of the words of \w+.*SmolLM2-135M") as told:
+        run(path, tmp_path / "a", "--recipe", "sft", "--steps", "1")
+    (share,) = (int(re.search(r"met (\d+) per cent", str(w.message))[1]) for w in told if "never met" in str(w.message))
+    assert share == 50  # "penguin", "number", "Because" and "it", of eight words
 
 
 def test_a_mixed_file_is_judged_by_what_has_answers(tmp_path, no_picture):

@@ -44,8 +44,10 @@ def test_spread_by_hand():
 def test_what_the_help_promises():
     hours = lambda plan, seeds: sum(study.Cell(s, r, 0).expected() for s in plan for r in plan[s]) * seeds / 2 / 3600
     assert all(set(rows) <= set(study.ROWS) for rows in study.FULL.values()) and set(study.FULL) == set(study.SETTINGS)
-    assert hours(study.FULL, 5) < 3
+    full = {world: {s: rows for s, rows in study.FULL.items() if study.WORLD_OF[s] == world} for world in study.WORLDS}
+    assert hours(full["tiny"], 5) < 3
     assert hours({"clean": study.QUICK}, study.QUICK_SEEDS) * 60 < 10
+    assert all(study.Cell("sums", row, 0).expected() <= 2 * 15 * 60 for row in full["real"]["sums"])  # of one core
 
 
 def test_the_table_has_what_is_finished_and_nothing_else(tmp_path):
