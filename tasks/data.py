@@ -43,9 +43,10 @@ class Example:
 class Wording:
     """The words around an example; fields in braces are filled. The benchmarks share these, the tiny world has short ones."""
 
+    # A model of 135 M parameters uses a reference in this wording; docs/real-models.md has those in which it did not.
     teacher: str = (
-        "{question}\n\n[Reference solution]\n{reference}\n[End of reference]\n\n"
-        "Study the reference, then solve the task yourself, in your own words and in the format that the task asks for."
+        "{question}\n\nA correct solution is:\n{reference}\n\n"
+        "Now write a solution of your own in the same form, with the same result."
     )
     demo: str = "[Solved example]\n{question}\n{answer}\n[End of example]"
     context: str = "{demos}\n\nNow your task, which is another one:\n\n{question}"

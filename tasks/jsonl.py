@@ -35,8 +35,8 @@ from tasks.scoring import FENCE, LETTERS, as_number, last_line, score_all
 FIELDS = "question reference answer choices tests negative context split".split()
 EXACT = """{question}
 
-Work it out, then end with one line that holds {what} and nothing else, like this:
-Answer: <{what}>"""
+Work it out, then end with one line that holds {what} and nothing else:
+Answer: ..."""
 
 
 @dataclass(frozen=True)

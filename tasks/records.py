@@ -22,12 +22,12 @@ CHOICE = """{question}
 
 {options}
 
-Reason first. Then end with one line that states your choice by its letter, like this:
-Answer: <{letters}>"""
+Reason first. Then end with one line that holds the letter of your choice ({letters}) and nothing else:
+Answer: ..."""
 NUMBER = """{question}
 
-Work it out step by step. Then end with one line that holds the result, a number and nothing else, like this:
-#### <number>"""
+Work it out step by step. Then end with one line that holds the result, a number, and nothing else:
+#### ..."""
 CODE = """Write Python code for this task.
 
 {task}

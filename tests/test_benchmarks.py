@@ -58,7 +58,7 @@ def test_scienceqa_shows_lecture_and_hint_and_moves_the_letter_with_its_option()
         "Lecture: Metals are good conductors.\n\n"
         "Context: Ana touches each thing to the two ends of a broken circuit.\n\nQuestion: Which of these"
     )
-    assert e.question.endswith("Answer: <A, B, C or D>") and e.task == "scienceqa"
+    assert "(A, B, C or D)" in e.question and e.question.endswith("\nAnswer: ...") and e.task == "scienceqa"
     assert e.reference.startswith("Copper wire is a metal") and e.reference.endswith(f"\n\nAnswer: {e.answer['letter']}")
     assert e.reference == convert("scienceqa", 0, seed).reference
 
