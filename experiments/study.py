@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from engine import any_console
 from engine.config import RECIPES
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +72,7 @@ def run(cell: Cell, out: Path, extra: list[str]) -> str:
     if done.returncode in (0, 130):  # 130: stopped by hand
         return ""
     reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    (folder / "failed.txt").write_text(reason + "\n")
+    (folder / "failed.txt").write_text(reason + "\n", encoding="utf-8")
     return reason
 
 
@@ -109,7 +110,7 @@ def read(out: Path) -> dict:
     step_of_sft, the step time relative to the median of the `sft` runs of the same day (days and machines differ by far more).
     """
     kept, found = out / "cells.json", {}
-    runs = json.loads(kept.read_text().replace(": null", ": NaN")) if kept.exists() else []
+    runs = json.loads(kept.read_text(encoding="utf-8").replace(": null", ": NaN")) if kept.exists() else []
     for path in out.glob("runs/*/*-seed*/summary.json"):
         row, seed = path.parent.name.rsplit("-seed", 1)
         if seed.isdigit():
@@ -207,7 +208,9 @@ def markdown(found: dict, out: Path) -> str:
             head = [*COLUMNS, *dict.fromkeys(family for run in runs for family in run["by_task"]), "seeds"]
             lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
             lines += [*(table_row(name, runs, head[len(COLUMNS) : -1]) for name, runs in rows.items()), ""]
-        lines += [f"- failed: {path.parent.name}: {path.read_text().strip()}" for path in failed] + [""] * bool(failed)
+        lines += [f"- failed: {path.parent.name}: {path.read_text(encoding='utf-8').strip()}" for path in failed] + [""] * bool(
+            failed
+        )
     return "\n".join(lines)
 
 
@@ -217,7 +220,7 @@ def write(found: dict, out: Path) -> str:
     table = markdown(found, out)
     cells = ",\n".join(json.dumps(run) for rows in found.values() for runs in rows.values() for run in runs.values())
     for name, content in (("table.md", table), ("cells.json", f"[\n{cells}\n]".replace(": NaN", ": null"))):
-        (out / f"{name}.new").write_text(content + "\n")
+        (out / f"{name}.new").write_text(content + "\n", encoding="utf-8")
         (out / f"{name}.new").replace(out / name)
     return table
 
@@ -227,6 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     goes on. Without flags: the full study, 5 seeds, estimated just under 3 hours on 2 cores; what it leaves out (further budgets,
     K, gamma, star-clip) can be asked for by --recipes and joins the same table.
     """
+    any_console()
     parser = argparse.ArgumentParser(prog="study.py", description=main.__doc__)
     add, quick = parser.add_argument, f"{', '.join(QUICK)} in clean, {QUICK_SEEDS} seeds: estimated 8 minutes on 2 cores"
     rows = f"rows of the table (default: those of the full study): {', '.join(ROWS)}"
