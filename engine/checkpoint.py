@@ -274,6 +274,7 @@ def clear(out: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     if out in HELD:
         os.close(HELD.pop(out))  # Windows does not delete what is open
+    shutil.rmtree(out / ".answers", ignore_errors=True)
     for leftover in ("before.json", ".lock"):
         (out / leftover).unlink(missing_ok=True)
 

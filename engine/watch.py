@@ -171,6 +171,11 @@ def curves(log: Path, picture: Path, title: str) -> None:
     figure.savefig(picture, dpi=110)
 
 
+def kept_answers(run, out: Path) -> Path | None:
+    """Where the held-out answers of this run are kept while it runs: accuracy and drift are measured on the same ones."""
+    return None if run.ranks.size > 1 else out / ".answers"
+
+
 def before_training(run, out: Path) -> dict:
     """Held-out accuracy of the untouched model: alone, with the reference (the ceiling), and out of distribution."""
     known = out / "before.json"  # a resumed run has been there already
@@ -179,7 +184,7 @@ def before_training(run, out: Path) -> dict:
     lm, task, size = run.lm, run.task, run.cfg.max_new_tokens
     print(f"measuring {len(task.test)} held-out questions, alone and with their reference, in answers of up to {size} tokens ...")
     found = {
-        "alone": metrics.measure(lm, task, task.test, False, size),
+        "alone": metrics.measure(lm, task, task.test, False, size, kept_answers(run, out)),
         "ceiling": metrics.measure(lm, task, task.test, True, size),
         "ood": metrics.measure(lm, task, task.ood, False, size) if task.ood else {},
     }
@@ -202,12 +207,14 @@ def after_training(run, out: Path, before: dict, begun: float) -> dict:
         alone = before["ceiling"]
     if cfg.steps:
         print("measuring again, and the drift from the base ...")
-        alone = metrics.measure(lm, task, task.test, cfg.privileged, cfg.max_new_tokens)
+        alone = metrics.measure(lm, task, task.test, cfg.privileged, cfg.max_new_tokens, kept_answers(run, out))
         ood = metrics.measure(lm, task, task.ood, False, cfg.max_new_tokens) if task.ood else {}
         run.optimizer = run.average = run.frozen = None  # their memory is needed for the base beside the trained model
         base = load(cfg.model, lm.device)
         base.dtype, base.sample_batch, base.ranks = lm.dtype, lm.sample_batch, lm.ranks
-    moved = metrics.drift(lm, base, task, task.test, limit=cfg.max_new_tokens)  # 0 steps: the level to compare with
+    moved = metrics.drift(
+        lm, base, task, task.test, cfg.max_new_tokens, kept_answers(run, out)
+    )  # 0 steps: the level to compare with
     checkpoint.save_final(run)
     if not run.ranks.rank:
         curves(out / "log.jsonl", out / "curves.png", f"{cfg.recipe}, {Path(lm.name).name}, seed {cfg.seed}")

@@ -29,11 +29,14 @@ from tasks.records import Skip
 PARTS = {"train": ("simple_python", "multiple"), "ood": ("live_simple",)}
 TEST_SHARE = 0.25  # of the requests of simple_python and multiple
 TYPES = dict(string=str, integer=int, float=float, boolean=bool, array=list, tuple=list, dict=dict, any=str)
-ASK = """{documentation}
+ASK = """Tools:
+
+{documentation}
 
 Request: {request}
 
-Reply with the one call that serves this request and nothing else, as in: function_name(argument="value", other=3)"""
+Call the right tool for this request. Reply with one line of this form:
+tool_name(argument="text", other_argument=3)"""
 MISSING = "--data bfcl: the records are in the package bfcl-eval: pip install --no-deps -r requirements-real.txt"
 
 
@@ -108,13 +111,13 @@ def to_example(part: str, row: dict, truth: list | None) -> Example:
 
 
 def document(function: dict) -> str:
-    """A function as a Python programmer would read it: a signature, what it does, what each argument is."""
+    """A function and its arguments as a list: what looks like the head of a Python function makes a small model write its body."""
     properties, required = function["parameters"]["properties"], function["parameters"].get("required", [])
-    arguments = [f"{n}: {p.get('type')}" + ("" if n in required else " (optional)") for n, p in properties.items()]
-    lines = [f"{function['name']}({', '.join(arguments)})", f"    {function['description'].strip()}"]
+    lines = [f"{function['name']}: {function['description'].strip()}"]
     for name, p in properties.items():
         choices = f" One of: {', '.join(map(str, p['enum']))}." if p.get("enum") else ""
-        lines.append(f"    {name}: {p.get('description', '').strip()}{choices}")
+        optional = "" if name in required else ", optional"
+        lines.append(f"- {name} ({p.get('type')}{optional}): {p.get('description', '').strip()}{choices}")
     return "\n".join(lines)
 
 

@@ -131,7 +131,7 @@ def test_a_task(folder):
     wrong = score(task.train, [e.negative for e in task.train])
     assert manifest["negatives"]["found"] == len(task.train) and not any(r["correct"] or r["abstained"] for r in wrong)
     e = task.train[0]
-    assert "price: float (optional)" in e.question and "shop.cancel(" in e.question and "tags" not in e.reference
+    assert "- price (float, optional)" in e.question and "shop.cancel: Does" in e.question and "tags" not in e.reference
     few, _ = bfcl.load(folder=folder, train_size=5, test_size=3, negatives=False)
     assert (len(few.train), len(few.test), len(few.ood)) == (5, 3, 3) and not any(e.negative for e in few.train)
     assert not bfcl.load(folder=folder, train_size=None)[0].train
