@@ -1,141 +1,306 @@
 """bench.py - what things cost: memory and time, side by side in one run.
 
-    python -m experiments.bench --json bench/here.json                     all sections, tables on the screen
-    python -m experiments.bench --sections loss --threads 2                only one
+    python -m experiments.bench --json bench/here.json            all sections, tables on the screen
+    python -m experiments.bench --sections loss --threads 2       only one
 
-  loss       memory and time of the loss at a real vocabulary, against the plain formula, and against Liger's and TRL's
-             where those packages are installed (they are optional)
-  sampling   rows that leave the batch when they have ended, against `generate` for the whole batch: tokens per second,
-             share of wasted positions, same greedy tokens or not
-  scoring    passes under a token budget: padding and time
-  steps      a training step of every recipe, split into its parts, against SFT
-  model      the same for a model of the shape of Qwen2.5-0.5B with random weights (needs a CUDA device; a small shape
-             shows on a CPU that it runs)
+  loss    a divergence of N tokens at V = 151,936 words, and its gradient, against the plain formula and (if installed) Liger's. A
+          *unit* of memory is N*V*4 bytes, one fp32 tensor of logits; inputs and the gradients of states and head do not count
+  steps   a training step of the default job under every recipe, split into its parts, against SFT
+  model   the same for a model of the shape of Qwen2.5-0.5B with random weights (prompt 512, answer 256, batch 16) on a CUDA
+          device, with peak memory and utilisation; on a CPU a small shape shows that it runs
 
-Times are medians of `--repeats` after a warm-up; those that are compared are taken in turns, so that a busy machine slows
-all of them. Memory on a GPU is the allocator's peak; on a CPU it is counted operation by operation (`Live`).
-Depends on most other files; nothing depends on it.   Try it:  python -m pytest tests/test_bench.py -q
+Times are medians after a warm-up; those that are compared are taken in turns, so that a busy machine slows all of them.
+Another script may call `bench_loss` with its sizes, and `bench_model` with some of NAMES.
+
+Depends on train.py and most other files; nothing depends on it.   Try it:  python -m pytest tests/test_bench.py -q
+Shapes: N tokens, V vocabulary, H hidden size, K = 3 more readings.
 """
 
 import argparse
 import io
 import json
 import platform
+import statistics
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import transformers
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from engine import any_console, sampling
-from engine.build import Run, start
-from engine.config import make
-from engine.head import head_of
-from engine.reading import PackedReader
-from engine.rollout import choose_device, generate
-from experiments.bench_loss import bench_loss, medians
-from experiments.bench_model import NAMES, bench_model, step_rows
-from unisd import Batch, score_teachers
+import agreement
+import train
+from engine import any_console
+from engine.build import Run, assemble, start
+from engine.config import RECIPES, Config, make
+from engine.head import Head, chunked_objective, sampled_logps
+from engine.rollout import Loaded, choose_device
+from tasks.tiny import ASSET
+from unisd import Tokens, divergence, reliability
 
-# --- sampling and scoring -----------------------------------------------------------------------------------------------
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # bf16 operations per second, by the vendor
+PARTS = ("sampling", "scoring", "update")
+NAMES = {r: (r, {}) for r in RECIPES if r not in ("raw", "privileged")}  # name of a row -> recipe, overrides
+NAMES["unisd-star, budget 0.25"] = ("unisd-star", {"agreement_budget": 0.25})
+MODEL = ("sft", "sd", "ema", "contrast", "match", "clip", "agree-token", "unisd-star", "unisd-star, budget 0.25")  # in that section
+
+# --- instruments -------------------------------------------------------------------------------------------------------
 
 
-def tiny_run(recipe: str, folder: str, **more) -> Run:
-    """The default job, ready to step."""
-    with redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
-        out = Path(tempfile.mkdtemp(dir=folder))
-        return start(make(recipe, out=str(out), eval_size=1, teacher_every=0, sample_every=0, **more), out)
+class Live(TorchDispatchMode):
+    """Bytes of the tensors that are alive, after every operation: the peak that a CPU's allocator does not tell."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.seen = {k: v for k, v in self.seen.items() if not v[0].expired()}
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage()
+                self.seen.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.peak = max(self.peak, sum(size for _, size in self.seen.values()))
+        return out
 
 
-def bench_sampling(device: torch.device, args) -> list[dict]:
-    """Rows that leave against the whole batch, greedy (equal tokens?) and at temperature 1 (how much is wasted?)."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = tiny_run("sd", folder, device=str(device), train_size=200)
-    prompts = [run.prompts[i]["student"] for i in run.usable[: args.prompts]]
-    noise = torch.rand(len(prompts), 40, generator=torch.Generator().manual_seed(0))
-    lm = replace(run.lm, sample_batch=len(prompts))
+def peak_bytes(work: Callable[[], object], device: torch.device, ours: list[Tensor]) -> int:
+    """Largest number of bytes that `work` has allocated at a time, beyond what is in `ours` (the inputs)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with Live() as live:
+        live.seen |= {x.untyped_storage()._cdata: (StorageWeakRef(x.untyped_storage()), 0) for x in ours}
+        work()
+    return live.peak
 
-    def answers(temperature: float, whole_batch: bool, tally: dict | None = None) -> torch.Tensor:
-        (sampling.WHOLE_BATCH.add if whole_batch else sampling.WHOLE_BATCH.discard)(lm.model)
-        return generate(lm, prompts, 40, temperature, noise, tally)[0]
 
-    ways = {"rows leave": False, "whole batch": True}
-    seconds = medians({way: partial(answers, 1.0, whole) for way, whole in ways.items()}, args.repeats, device)
+def medians(works: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
+    """Seconds of each, taken in turns after a warm-up."""
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for i in tqdm(range(repeats + 1), desc=", ".join(works), leave=False):
+        for name, work in works.items():
+            wait()
+            begun = time.perf_counter()
+            work()
+            wait()
+            if i:  # the first is the warm-up
+                seconds[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(s) for name, s in seconds.items()}
+
+
+# --- the loss ----------------------------------------------------------------------------------------------------------
+
+
+def loss_problem(n: int, v: int, h: int, device: torch.device) -> dict[str, Tensor]:
+    """Random states (N, H) and heads (V, H) of a student and its teacher; K = 3 more readings of the same tokens (K, N, H)."""
+    g = torch.Generator(device=device).manual_seed(0)
+    rand = lambda *shape: torch.randn(*shape, generator=g, device=device)
+    weight = rand(v, h) / h**0.5
+    return {
+        "student": rand(n, h).requires_grad_(),
+        "weight": weight.requires_grad_(),
+        "teacher": rand(n, h),
+        "teacher_weight": weight.detach() + 0.01 * rand(v, h) / h**0.5,
+        "contexts": rand(3, n, h),
+        "ids": torch.randint(v, (n,), generator=g, device=device),
+        "c": torch.full((n,), 1 / n, device=device),
+    }
+
+
+def agreed(c: Tensor, readings: Tensor, m: Config) -> Tensor:
+    """The tokens' coefficients (N,) after the agreement of the readings' log-probabilities (K, N)."""
+    mask = torch.ones(1, len(c), device=c.device)
+    return agreement.coefficients(mask, reliability(readings.unsqueeze(1), mask, m))[0]
+
+
+def ours(p: dict, m: Config) -> None:
+    """The chunked objective and its gradient; with agreement, the K readings and the weights before it."""
+    head, speaker, c = Head(p["weight"], len(p["weight"])), Head(p["teacher_weight"], len(p["weight"])), p["c"]
+    if m.uses_agreement:
+        c = agreed(c, torch.stack([sampled_logps(x, p["ids"], speaker, 1.0, m.chunk) for x in p["contexts"]]), m)
+    loss, _ = chunked_objective(p["student"], head, p["teacher"], speaker, Tokens(p["ids"], c, c), m, m.chunk)
+    loss.backward()
+
+
+def plain(p: dict, m: Config) -> None:
+    """The same as it is usually written: whole log-probabilities, one line per formula."""
+    student, c = (p["student"] @ p["weight"].T).log_softmax(-1), p["c"]
+    with torch.no_grad():
+        teacher = (p["teacher"] @ p["teacher_weight"].T).log_softmax(-1)
+        if m.uses_agreement:
+            readings = (p["contexts"] @ p["teacher_weight"].T).log_softmax(-1)  # (K, N, V)
+            c = agreed(c, readings.gather(-1, p["ids"].expand(3, -1).unsqueeze(-1)).squeeze(-1), m)
+    (c * divergence(student, teacher, p["ids"], m)).sum().backward()
+
+
+def liger(p: dict, m: Config) -> None:
+    """Liger's fused JSD: its beta is the teacher's weight in the mixture, as our alpha."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=False, chunk_size=64)
+    loss(p["student"], p["weight"], p["teacher"], p["teacher_weight"], p["ids"]).backward()
+
+
+def once(work: Callable, p: dict, m: Config) -> None:
+    """One contender, whose gradients are gone when it is done."""
+    work(p, m)
+    p["student"].grad = p["weight"].grad = None
+
+
+def bench_loss(device: torch.device, tokens: int = 512, vocab: int = 151_936, hidden: int = 896, repeats: int = 5) -> list[dict]:
+    """Extra peak memory in units of N*V*4 bytes, and time against the plain formula: a row for each loss and contender."""
+    problems = {n: loss_problem(n, vocab, hidden, device) for n in (tokens, tokens // 2)}
+    peak = lambda work, n, m: peak_bytes(partial(once, work, problems[n], m), device, [*problems[n].values()])
+    cases = {d: Config(divergence=d, log_entropy=False) for d in ("forward", "reverse", "jsd")}
+    cases["forward, K = 3"] = replace(cases["forward"], agreement="token", gamma=1.0)
+    cases["forward, entropy logged"] = replace(cases["forward"], log_entropy=True)
     rows = []
-    for way, whole in ways.items():
-        answers(1.0, whole, tally := {})
-        rows.append(
-            {
-                "way": way,
-                "prompts": len(prompts),
-                "tokens / s": round(tally["written"] / seconds[way]),
-                "wasted positions": round(1 - tally["written"] / tally["decoded"], 3),
-                "greedy tokens equal": answers(0.0, whole).equal(answers(0.0, not whole)),
-                "time / rows leave": round(seconds[way] / seconds["rows leave"], 2),
-            }
-        )
+    for name, m in cases.items():
+        contenders = {"ours": ours, "plain": plain}
+        if name == "jsd":
+            try:
+                liger(loss_problem(8, 1000, 32, device), m)
+                contenders["liger"] = liger
+            except (ImportError, RuntimeError) as error:
+                print(f"liger is left out: {str(error).splitlines()[0]}")
+        memory = {who: [peak(f, n, m) - 4 * hidden * (n + vocab) for n in problems] for who, f in contenders.items()}
+        seconds = medians({who: partial(once, f, problems[tokens], m) for who, f in contenders.items()}, repeats, device)
+        for who, (at_whole, at_half) in memory.items():
+            row = {"loss": name, "who": who, "units": round(at_whole / (4 * tokens * vocab), 2)}
+            row |= {"MB": round(at_whole / 1e6), "MB at N/2": round(at_half / 1e6)}
+            rows.append(row | {"seconds": round(seconds[who], 3), "time / plain": round(seconds[who] / seconds["plain"], 2)})
     return rows
 
 
-def bench_scoring(device: torch.device, args) -> list[dict]:
-    """Teacher, negative and contexts of one step under several token budgets: padding, and time."""
+# --- steps -------------------------------------------------------------------------------------------------------------
+
+
+def one_step(run: Run) -> dict:
+    """A training step, without a word. -> its row of the log; on CUDA with the peak of memory in bytes"""
+    rows, cuda = [], run.lm.device.type == "cuda"
+    quiet = SimpleNamespace(stop=False, after_step=lambda run, row, batch: rows.append(row))
+    run.cfg.steps, run.cfg.save_every = run.step + 1, 0
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(run.lm.device)
+    train.train(run, io.StringIO(), quiet)
+    return rows[0] | ({"peak": torch.cuda.max_memory_allocated(run.lm.device)} if cuda else {})
+
+
+def utilisation(run: Run, length: float, seconds: float) -> str:
+    """Operations of an update (6 per weight and token; the head reads only the answer) over what the card could do meanwhile."""
+    cuda = run.lm.device.type == "cuda"
+    known = [peak for card, peak in PEAK.items() if cuda and card in torch.cuda.get_device_name(run.lm.device)]
+    layers = sum(p.numel() for name, p in run.lm.model.named_parameters() if "embed" not in name)
+    prompt = statistics.mean(len(prompts["student"]) for prompts in run.prompts.values())
+    operations = 6 * run.cfg.batch * (layers * (prompt + length) + run.lm.vocab * run.lm.model.config.hidden_size * length)
+    return f"{100 * operations / seconds / known[0]:.0f} %" if known else "not measured"
+
+
+def step_row(name: str, run: Run, steps: list[dict]) -> dict:
+    """What the log of some steps says: milliseconds and their parts, tokens per second, memory, utilisation."""
+    seconds, last = {part: statistics.median(step["s_" + part] for step in steps) for part in PARTS}, steps[-1]
+    total, sampled = sum(seconds.values()), last.get("wasted") is not None
+    row = {"recipe": name, "time / sft": "–", "ms": round(1000 * total, 1)}
+    row |= {f"{part} %": round(100 * seconds[part] / total) for part in PARTS}
+    row["tokens / s sampled"] = round(last["length"] * run.cfg.batch / seconds["sampling"]) if sampled else "–"
+    row |= {"wasted": round(last.get("wasted", 0.0), 3), "padding": round(last.get("padding", 0.0), 3)}
+    row |= {"peak GiB": round(max(step["peak"] for step in steps) / 2**30, 1)} if "peak" in last else {}
+    return row | {"update MFU": utilisation(run, last["length"], seconds["update"])}
+
+
+def step_rows(runs: dict[str, Run], repeats: int) -> list[dict]:
+    """One warm-up step each, then a step of each in turn. -> a row for each run"""
+    found = [{name: one_step(run) for name, run in runs.items()} for _ in tqdm(range(repeats + 1), desc="steps", leave=False)]
+    return [step_row(name, run, [turn[name] for turn in found[1:]]) for name, run in runs.items()]
+
+
+def beside_sft(rows: list[dict]) -> list[dict]:
+    """The same rows with their time against that of the row sft, if it is among them."""
+    sft = [row["ms"] for row in rows if row["recipe"] == "sft"]
+    return [row | {"time / sft": round(row["ms"] / sft[0], 2)} for row in rows] if sft else rows
+
+
+def bench_steps(device: torch.device, repeats: int = 5) -> list[dict]:
+    """The default job under every recipe, in turns."""
+    runs, small = {}, dict(device=str(device), train_size=480, eval_size=1, teacher_every=0, sample_every=0)
     with tempfile.TemporaryDirectory() as folder:
-        run = tiny_run("unisd-star", folder, device=str(device), train_size=200)
-    p = [run.prompts[i] for i in run.usable[:48]]
-    ids, mask = generate(run.lm, [x["student"] for x in p], 40, 1.0)
-    contexts = [[x["contexts"][k] for x in p] for k in range(3)]
-    batch = Batch([x["student"] for x in p], [x["teacher"] for x in p], [x["negative"] for x in p], contexts, ids, mask)
-
-    def score(budget: int, tally: dict | None = None) -> None:
-        with run.teacher():
-            reader = PackedReader(run.lm.model, head_of(run.lm.model, run.lm.vocab), batch, budget, run.cfg.chunk, tally)
-            score_teachers(reader, batch, run.cfg)
-
-    budgets = [256, 1024, 4096, 16384]
-    seconds = medians({f"{b}": lambda b=b: score(b) for b in budgets}, args.repeats, device)
-    rows = []
-    for b in budgets:
-        tally: dict = {}
-        score(b, tally)
-        share = round(1 - tally["read"] / tally["padded"], 3)
-        rows.append({"tokens per pass": b, "padding": share, "time / largest": round(seconds[f"{b}"] / seconds["16384"], 2)})
-    whole = sum(max(len(x) for x in s) + ids.shape[1] for s in (batch.teacher, batch.negative, *contexts)) * len(p)
-    rows.append({"tokens per pass": "each reading padded to its longest", "padding": round(1 - tally["read"] / whole, 3)})
-    return rows
+        for name, (recipe, more) in NAMES.items():
+            out = Path(tempfile.mkdtemp(dir=folder))
+            with redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
+                runs[name] = start(make(recipe, out=str(out), **small, **more), out)
+        return beside_sft(step_rows(runs, repeats))
 
 
-# --- whole steps --------------------------------------------------------------------------------------------------------
+def shaped_model(device: torch.device) -> Qwen2ForCausalLM:
+    """A model of Qwen2.5-0.5B's shape (on a CPU, a small one) with random weights."""
+    shape = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, vocab_size=151936)
+    if device.type != "cuda":
+        shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=1200)
+    torch.manual_seed(0)
+    config = Qwen2Config(**shape, num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True)
+    with torch.device(device):
+        return Qwen2ForCausalLM(config).eval()
 
 
-def bench_steps(device: torch.device, args) -> list[dict]:
-    """The default job under every recipe."""
-    with tempfile.TemporaryDirectory() as folder:
-        runs = {n: tiny_run(r, folder, device=str(device), train_size=480, **more) for n, (r, more) in NAMES.items()}
-        return step_rows(runs, args.repeats, device)
+def shaped_run(name: str, device: torch.device) -> Run:
+    """A run on such a model, one of NAMES, with random prompts: no task, and any tokenizer, as nothing is turned into text."""
+    model, (recipe, more) = shaped_model(device), NAMES[name]
+    prompt, completion, batch, dtype = (512, 256, 16, "bf16") if device.type == "cuda" else (24, 8, 4, "fp32")
+    cfg = make(
+        recipe, preset="tiny", device=str(device), dtype=dtype, batch=batch, micro_batch=4, max_new_tokens=completion,
+        max_tokens_per_pass=16384, sample_batch=64, lr=1e-6, **more,
+    )  # fmt: skip
+    tokenizer, vocab = AutoTokenizer.from_pretrained(ASSET), model.config.vocab_size
+    run = assemble(cfg, Loaded(model, tokenizer, [0], vocab, "random weights", dtype=dtype, sample_batch=64), None)
+    g, hinted = torch.Generator().manual_seed(1), prompt + completion // 2
+    text = lambda n: torch.randint(1, vocab, (n,), generator=g).tolist()
+    for i in range(batch):
+        run.prompts[i] = {"student": text(prompt), "teacher": text(hinted), "negative": text(hinted)}
+        run.prompts[i]["contexts"] = [text(prompt + completion) for _ in range(cfg.contexts)] if cfg.uses_agreement else []
+        run.prompts[i]["answer"] = text(completion)
+    run.usable = list(run.prompts)
+    return run
 
 
-SECTIONS = {"loss": bench_loss, "sampling": bench_sampling, "scoring": bench_scoring, "steps": bench_steps, "model": bench_model}
+def bench_model(device: torch.device, recipes: Iterable[str] = MODEL, repeats: int = 5) -> list[dict]:
+    """A model of a real shape under some of NAMES, one after the other: each needs the whole memory."""
+    return beside_sft([row for name in recipes for row in step_rows({name: shaped_run(name, device)}, repeats)])
+
+
+SECTIONS = {  # name -> rows of its table, from the device and the command line
+    "loss": lambda device, args: bench_loss(device, args.tokens, args.vocab, repeats=args.repeats),
+    "steps": lambda device, args: bench_steps(device, args.repeats),
+    "model": lambda device, args: bench_model(device, repeats=args.repeats),
+}
 
 
 def markdown(rows: list[dict]) -> str:
-    """A list of rows as a table."""
-    columns = list(dict.fromkeys(k for r in rows for k in r))
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(str(r.get(c, "")) for c in columns) + " |" for r in rows])
+    """Rows with the same keys as a table."""
+    lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print tables, and write them to a file."""
     any_console()
-    parser = argparse.ArgumentParser(
-        prog="bench.py", description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to measure")
     parser.add_argument("--json", default="", help="where the numbers go, with the device's name ('' = only the screen)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -143,27 +308,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5, help="measurements per median, after one warm-up")
     parser.add_argument("--tokens", type=int, default=512, help="loss: N")
     parser.add_argument("--vocab", type=int, default=151_936, help="loss: V")
-    parser.add_argument("--prompts", type=int, default=48, help="sampling: prompts in a batch")
     args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     device, _, reason = choose_device(args.device, "auto")
-    where = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "repeats": args.repeats,
-    }
     print(reason)
-    found: dict = {"where": where}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
+    where = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    found: dict = {"where": where | {"transformers": transformers.__version__, "repeats": args.repeats}}
     for name in args.sections:
         begun = time.perf_counter()
         found[name] = SECTIONS[name](device, args)
         print(f"\n### {name} ({time.perf_counter() - begun:.0f} s)\n\n{markdown(found[name])}")
         if args.json:
             Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+            Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

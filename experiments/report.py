@@ -21,6 +21,7 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator
 
+from engine import any_console
 from engine.watch import INK
 from experiments import study
 from experiments.study import PLAN
@@ -237,12 +238,13 @@ def write(out: Path) -> list[str]:
                 figure.savefig(folder / f"{name}.png")
                 drawn.append(name)
         plt.close("all")
-    (out / "claims.md").write_text(page(found, drawn))
+    (out / "claims.md").write_text(page(found, drawn), encoding="utf-8")
     return drawn
 
 
 def main(argv: list[str] | None = None) -> None:
     """Figures and the page of claims from the runs of a study."""
+    any_console()
     parser = argparse.ArgumentParser(prog="report.py", description=main.__doc__)
     parser.add_argument("out", nargs="?", default="runs/study", help="the study's --out (default: %(default)s)")
     out = Path(parser.parse_args(argv).out)

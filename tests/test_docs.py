@@ -16,6 +16,7 @@ from dataclasses import fields
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -288,21 +289,28 @@ def test_the_exercises_tests_pass_with_all_patches(tmp_path):
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def test_figures_are_small_shown_and_drawn_by_break_it():
-    shown = [(page, *found) for page in ALL for found in re.findall(r"!\[(.+?)\]\((?:docs/)?figures/(\w[\w-]*)\.png\)", ALL[page])]
-    shown = [(page, text, name) for page, text, name in shown if (DOCS / "figures" / f"{name}.png").exists()]
-    files = {p.stem: p.read_bytes() for p in (DOCS / "figures").glob("*.png")}
+def test_figures_are_small_and_shown_once_with_a_text():
+    shown = [(page, *found) for page in ALL for found in re.findall(r"!\[(.+?)\]\((?:docs/)?figures/([\w-]+\.\w+)\)", ALL[page])]
+    shown = [(page, text, name) for page, text, name in shown if (DOCS / "figures" / name).exists()]
+    files = {p.name: p.read_bytes() for p in (DOCS / "figures").iterdir()}
     assert {name for _, _, name in shown} == files.keys() and len(shown) == len(files)
-    for page, text, name in shown:
+    for _, text, name in shown:
         assert len(text) > 40, f"{name}: the text for those who cannot see it"
-        assert len(files[name]) <= 60_000 and struct.unpack(">I", files[name][16:20])[0] >= 400
-        drawn = {"README.md": "idea", "troubleshooting.md": "break_it"}.get(page)  # that of explain.md is a browser's
-        assert not drawn or re.search(rf"\b{name}\b", MODULES[drawn]), f"{name}.png is drawn by nobody"
+        assert len(files[name]) <= 60_000
+        assert name == "idea.svg" or struct.unpack(">I", files[name][16:20])[0] >= 400
+
+
+def drawn():
+    """docs/figures/idea.svg -> {id of a group: its lines of text}"""
+    space = "{http://www.w3.org/2000/svg}"
+    groups = ElementTree.parse(DOCS / "figures/idea.svg").getroot().iter(f"{space}g")
+    return {group.get("id"): [text.text for text in group.iter(f"{space}text")] for group in groups if group.get("id")}
 
 
 def test_what_the_picture_says_is_what_the_model_says(lm):
-    """The answer in docs/figures/idea.png is the untouched model's, and so are the words and probabilities of its readings."""
-    from experiments import idea
+    """The answer in docs/figures/idea.svg is the untouched model's, and so are the words and probabilities of its readings."""
+    picture = drawn()
+    question, (_, start, answer, _) = " ".join(picture["question"][1:3]), picture["answer"]
 
     def rows(prompt, answer):  # -> probabilities of the token after each token of the answer, the prompt's last included
         ids = chat_ids(lm.tokenizer, prompt)
@@ -310,15 +318,20 @@ def test_what_the_picture_says_is_what_the_model_says(lm):
         with torch.no_grad():
             return tokens[0, len(ids) :], lm.model(tokens).logits[0, len(ids) - 1 :].softmax(-1)
 
-    example = next(e for e in world.load(200, 1).train if e.question == idea.QUESTION)
-    ids, said = rows(idea.QUESTION, f"{idea.START} {idea.ANSWER}")
+    example = next(e for e in world.load(200, 1).train if e.question == question)
+    ids, said = rows(question, f"{start} {answer}")
     assert said[:-1].argmax(-1).tolist() == ids.tolist()  # greedy
-    for name, _, prompt, word, p, _ in idea.READINGS:
-        assert prompt.endswith(idea.QUESTION) == (name == "student")
-        best = rows(prompt, idea.START)[1][-1].max(0)
-        assert lm.tokenizer.decode(best.indices).strip() == word, name
-        assert abs(best.values.item() - p) < 0.02, f"{name}: {word} {best.values.item():.3f}"
-    assert [word for *_, word, _, _ in idea.READINGS] == [idea.ANSWER, *2 * [example.reference], example.negative]
+    hinted = f"{question}\nhint: {example.reference}"
+    demo = "example: where is hare: temple, barn, bridge, market\nanswer: the hare is in the market\nnow: "
+    prompts = {"student": question, "teacher": hinted, "contexts": demo + hinted, "misled": f"{question}\nhint: {example.negative}"}
+    expected = (answer, example.reference, example.reference, example.negative)
+    for (name, prompt), likeliest in zip(prompts.items(), expected, strict=True):
+        _, below, shown = picture[name]
+        word, p = shown.split()
+        best = rows(prompt, start)[1][-1].max(0)
+        assert word == likeliest == lm.tokenizer.decode(best.indices).strip(), name
+        assert abs(best.values.item() - float(p)) < 0.02, f"{name}: {word} {best.values.item():.3f}"
+        assert f"({word})" in below or name in ("student", "contexts")  # the reference that it has
 
 
 def test_what_break_it_breaks_is_in_the_table():

@@ -8,8 +8,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import train
 from engine import plan
 from engine.config import RECIPES, make
-from experiments import bench_model
-from experiments.bench_loss import peak_bytes
+from experiments import bench
 
 WITH_A_BUDGET = {f"a quarter by {u}": dict(agreement_budget=0.25, uncertainty=u) for u in ("entropy", "divergence")}
 
@@ -70,17 +69,17 @@ SHAPES = {
 def test_the_memory_formula_against_a_measured_step(shape, recipe, monkeypatch):
     """Every tensor that is alive, counted during a step, weights and optimizer included."""
     config = Qwen2Config(**SHAPES[shape], num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True)
-    monkeypatch.setattr(bench_model, "shaped_model", lambda *_, **__: Qwen2ForCausalLM(config).eval())
-    run = bench_model.shaped_run(recipe, torch.device("cpu"), big=False)
+    monkeypatch.setattr(bench, "shaped_model", lambda *_, **__: Qwen2ForCausalLM(config).eval())
+    run = bench.shaped_run(recipe, torch.device("cpu"))
     run.cfg.max_new_tokens, run.cfg.max_prompt_tokens = 60, 100
     for x in run.prompts.values():
         x.update(student=[5] * 100, teacher=[5] * 140, negative=[5] * 140, answer=[7] * 60)
         x["contexts"] = [[5] * 140 for _ in x["contexts"]]
-    bench_model.steps_of(run, 1)
+    bench.one_step(run)
     averages = [s for e in (run.average, run.frozen) if e for s in e.shadow.values()]
     held = [*run.lm.model.parameters(), *averages]
     held += [v for s in run.optimizer.state.values() for v in s.values()]
-    during = peak_bytes(lambda: bench_model.steps_of(run, 1), torch.device("cpu"), held)
+    during = bench.peak_bytes(lambda: bench.one_step(run), torch.device("cpu"), held)
     measured = during + sum(4 * x.numel() for x in held)
     parameters = sum(p.numel() for p in run.lm.model.parameters())
     size = (SHAPES[shape][k] for k in ("num_hidden_layers", "hidden_size", "vocab_size"))

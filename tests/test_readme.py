@@ -28,7 +28,7 @@ FEWER = {  # script or module -> flags that make it quick
     "explain.py": "",
     "unisd.py": "",
     "tasks.tiny": "--steps 1 --out tiny-again",
-    "experiments.bench": "--repeats 1 --tokens 64 --vocab 500 --prompts 4 --device cpu",
+    "experiments.bench": "--repeats 1 --tokens 64 --vocab 500 --device cpu",
     "experiments.study": "--recipes sd --seeds 1 --train --steps 1 --batch 2 --eval-size 1 --train-size 50 --teacher-every 0",
 }
 INSTALL = "pip install -r requirements.txt && "
