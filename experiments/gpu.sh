@@ -18,6 +18,7 @@ exec > >(tee -a "$out/log.txt") 2>&1
 
 part() { # part SECONDS NAME COMMAND...: run it, say how it ended, go on in any case
     local limit=$1 name=$2 begun=$SECONDS; shift 2
+    [ -z "$small" ] || limit=$((limit * 5))
     echo "=== $name (at most $limit s)"
     timeout --signal=INT --kill-after=20 "$limit" "$@" 2>&1 | tr '\r' '\n' | tail -n 40
     local code=${PIPESTATUS[0]}
@@ -39,17 +40,17 @@ name = torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'
 print(json.dumps(dict(device=name, torch=torch.__version__, transformers=transformers.__version__, python=sys.version.split()[0])))" |
     tee "$out/where.json"
 
-for dtype in bf16 fp32; do part 90 "a-$dtype" bash -c "job --dtype $dtype --out '$out/a-$dtype'"; done
-part 130 b-model python -m experiments.bench --sections model --device "$device" --repeats 3 --json "$out/b-model.json"
-part 40 b-loss python -m experiments.bench --sections loss --device "$device" --repeats 3 --json "$out/b-loss.json" ${small:+--tokens 8 --vocab 1200}
+for dtype in bf16 fp32; do part 75 "a-$dtype" bash -c "job --dtype $dtype --out '$out/a-$dtype'"; done
+part 110 b-model python -m experiments.bench --sections model --device "$device" --repeats 3 --json "$out/b-model.json"
+part 30 b-loss python -m experiments.bench --sections loss --device "$device" --repeats 3 --json "$out/b-loss.json" ${small:+--tokens 8 --vocab 1200}
 real="--model SmolLM2-135M --data bfcl --steps 40 --batch 32 --micro-batch 16 --sample-batch 256 --lr 5e-5 --temperature 1 --max-new-tokens 64"
-for recipe in sd unisd-star; do part 90 "c-$recipe" bash -c "job $real --eval-size 0 --recipe $recipe --out '$out/c-$recipe'"; done
-part 40 d-fp16 bash -c "job --recipe sd --dtype fp16 --steps 60 --eval-size 20 --out '$out/d-fp16'"
+for recipe in sd unisd-star; do part 75 "c-$recipe" bash -c "job $real --eval-size 0 --recipe $recipe --out '$out/c-$recipe'"; done
+part 30 d-fp16 bash -c "job --recipe sd --dtype fp16 --steps 60 --eval-size 20 --out '$out/d-fp16'"
 for run in straight killed; do
-    part 30 "d-$run" bash -c "job --recipe sd --steps 20 --save-every 2 --eval-size 2 --out '$out/d-$run' & pid=\$!
+    part 20 "d-$run" bash -c "job --recipe sd --steps 20 --save-every 2 --eval-size 2 --out '$out/d-$run' & pid=\$!
         if [ $run = killed ]; then until [ -e '$out/d-killed/checkpoint-2' ] || ! kill -0 \$pid; do sleep .1; done; pkill -9 -P \$pid; fi; wait \$pid"
 done
-part 30 d-resumed bash -c "job --recipe sd --steps 20 --save-every 2 --eval-size 2 --out '$out/d-killed' --resume"
+part 20 d-resumed bash -c "job --recipe sd --steps 20 --save-every 2 --eval-size 2 --out '$out/d-killed' --resume"
 python - "$out" <<'PY' | tee "$out/d-resume.json"
 import json, sys
 from pathlib import Path
