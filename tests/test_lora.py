@@ -11,7 +11,6 @@ from torch.testing import assert_close
 
 import train
 from ema import EMA
-from engine.build import AdapterOff
 from engine.config import make
 from engine.rollout import load
 
@@ -52,7 +51,7 @@ def test_the_frozen_teacher_is_the_base_whatever_was_trained():
     move(lm)
     moved = logits(lm.model)
     assert (moved - base).abs().max() > 0.1
-    with AdapterOff(lm.adapter).applied_to(lm.model) as teacher:
+    with lm.applied_to(lm.model) as teacher:
         assert_close(logits(teacher), base)
     assert_close(logits(lm.model), moved, rtol=0, atol=0)
 
