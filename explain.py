@@ -66,20 +66,11 @@ class Explained:
 
 
 @torch.no_grad()
-def explain(
-    lm: Loaded,
-    example: Example,
-    answer: str | list[int] | None = None,
-    *,
-    task: Task | None = None,
-    cfg: Config | None = None,
-    base: Loaded | None = None,
-) -> Explained:
-    """One answer, read as a training step would read it. answer: a text, its token ids, or None for the model's greedy one.
-
-    task: the wording of the prompts, and the solved examples that contexts show (None: no contexts). cfg: the settings of the
-    loss (None: plain self-distillation, and the contrast where there is a wrong reference). base: the model that teaches (None:
-    the student itself). Raises ValueError if something does not fit the model, or for contexts without solved examples.
+def explain(lm: Loaded, example: Example, answer: str | list[int] | None = None, *, task=None, cfg=None, base=None) -> Explained:
+    """One answer, read as a training step would read it. answer: a text, its token ids, or None for the model's greedy one. task: a
+    Task, for the wording of the prompts and the examples that contexts show (None: no contexts). cfg: a Config, for the loss (None:
+    plain self-distillation, and the contrast where there is a wrong reference). base: the Loaded that teaches (None: the student
+    itself). Raises ValueError if something does not fit the model, or for contexts without solved examples.
     """
     words = world.WORDING if speaks_world(lm.name) else Wording()
     base, task = base or lm, task or Task("", [], [], lambda examples, texts: [], wording=words)
@@ -92,7 +83,6 @@ def explain(
         answer = [*lm.tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"], turn_end(lm)]
     if len(answer) > cfg.max_new_tokens:
         raise ValueError(f"the answer has {len(answer)} tokens: raise --max-new-tokens, which is {cfg.max_new_tokens}")
-
     ids = torch.tensor([answer], device=lm.device)
     with lm.autocast():
         columns, sums = read_by_all(lm, base, prompts, ids, cfg)
@@ -107,10 +97,7 @@ def explain(
 
 
 def read_by_all(lm: Loaded, base: Loaded, prompts: dict, ids: Tensor, cfg: Config) -> tuple[dict, dict]:
-    """Every reader reads the same tokens; what differs is the prompt in front of them and, with a base, the weights.
-
-    ids (1, n) -> {a field of Token: n values}, {name of a sum: its value}
-    """
+    """All read the same tokens, ids (1, n), under other prompts. -> {a field of Token: n values}, {name of a sum: its value}"""
     one = {name: [prompts[name]] for name in ("student", "teacher", "negative")}  # a step of one answer
     batch = Batch(**one, contexts=[[prompt] for prompt in prompts["contexts"]], ids=ids, mask=torch.ones_like(ids))
     head, teacher_head = head_of(lm.model, lm.vocab), head_of(base.model, lm.vocab)
@@ -128,24 +115,19 @@ def read_by_all(lm: Loaded, base: Loaded, prompts: dict, ids: Tensor, cfg: Confi
         columns[who], columns[f"top_{who}"] = likeliest(lm, seen, h, ids[0], cfg.distill_temperature)
     sums = {"mean D": tokens.plain_share @ value["div"], "loss": loss}
     sums["weighted mean D"] = tokens.share @ clip_tokens(value["div"], tokens.ceiling)
-    for name in ("contrast", "match", "nll"):
-        if vars(cfg)[f"w_{name}"]:
-            sums[f"mean {name}"] = tokens.plain_share @ value[name]
+    used = [name for name in ("contrast", "match", "nll") if vars(cfg)[f"w_{name}"]]
+    sums |= {f"mean {name}": tokens.plain_share @ value[name] for name in used}
     return columns, {name: x.item() for name, x in sums.items()}
 
 
 def likeliest(lm: Loaded, states: Tensor, head: Head, ids: Tensor, tau: float) -> tuple[list[float], list[list]]:
-    """How likely each written token was, and the five likeliest tokens in its place.
-
-    (n, H), (n,) -> n probabilities, n lists of (token, probability)
-    """
+    """How likely each written token was, and the five likeliest in its place. (n, H), (n,) -> n floats, n lists of (text, float)"""
     written, tops = [], []
     for piece in chunks(len(ids), 64):  # one distribution over Qwen's 151,936 tokens is 0.6 MB
         p = head(states[piece], tau).exp()
         written += token_logps(p, ids[piece]).tolist()
-        best = p.topk(5)
-        for some, values in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-            tops.append([(spell(lm, i), v) for i, v in zip(some, values, strict=True)])
+        for values, tokens in zip(*p.topk(5), strict=True):
+            tops.append([(spell(lm, i), v) for i, v in zip(tokens.tolist(), values.tolist(), strict=True)])
     return written, tops
 
 
@@ -157,9 +139,9 @@ def spell(lm: Loaded, token: int) -> str:
 
 def prompts_of(lm: Loaded, example: Example, task: Task, cfg: Config) -> dict:
     """The prompts of all readers, made by what makes them for training. Raises ValueError if they cannot be made."""
-    room, n = lm.context - cfg.max_new_tokens, cfg.max_new_tokens
+    room = lm.context - cfg.max_new_tokens
     if room < 16:
-        raise ValueError(f"--max-new-tokens {n} leaves no room in the model's context of {lm.context}: lower it")
+        raise ValueError(f"--max-new-tokens {cfg.max_new_tokens} leaves no room in the model's context of {lm.context}: lower it")
     if not cfg.w_div or cfg.clip_quantile or (cfg.uses_agreement and cfg.context_kind != "random"):
         raise ValueError("what can be shown has --w-div above 0, --clip-quantile 0 and --context-kind random")
     # Demonstrations are drawn by seed and place, so a training question must stand in its own place.
@@ -180,8 +162,6 @@ def write(lm: Loaded, prompt: list[int], cfg: Config, temperature: float = 0.0, 
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
-
-
 def talk(lm: Loaded, base: Loaded, task: Task | None, cfg: Config, temperature: float) -> None:
     """Question and answer until an empty line. A known question is explained at once, any other one after `ref: TEXT`."""
     print("Ask something. `ref: TEXT` explains the last answer by a teacher who saw TEXT; an empty line or :q ends.")
@@ -204,32 +184,27 @@ def talk(lm: Loaded, base: Loaded, task: Task | None, cfg: Config, temperature: 
             print(error)
 
 
-def run(argv: list[str] | None) -> int:
-    """Explain one question, or talk. Raises ValueError."""
-    args, cfg = parse(argv, __doc__.partition(" - ")[2].split("\n\nDepends")[0])
-    sizes = (Config.train_size, 1) if args.data == "tiny" else (0, 0)
-    task = load_task(args.data, train_size=sizes[0], test_size=sizes[1], seed=cfg.seed)[0] if args.data else None
-    example = None if args.question is None else example_for(args.question.strip(), args.reference, args.wrong, task)
-    lm, base = load_models(args, cfg)
-    if example:
-        answer = args.answer or write(lm, chat_ids(lm.tokenizer, example.question), cfg, args.temperature)
-        show(explain(lm, example, answer, task=task, cfg=cfg, base=base), args.html)
-        return 0
-    try:
-        talk(lm, base, task, cfg, args.temperature)
-    except (KeyboardInterrupt, EOFError):  # two more ways to end a talk
-        print()
-    return 0
-
-
 def main(argv: list[str] | None = None) -> int:
-    """The command: one clear line instead of a traceback. -> the exit code"""
+    """Explain one question, or talk; one clear line instead of a traceback. -> the exit code"""
     warnings.formatwarning = lambda message, *_, **__: f"explain.py: {message}\n"
     for stream in (sys.stdin, sys.stdout, sys.stderr):  # what a terminal cannot show, or send, must not end the program
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")
     try:
-        return run(argv)
+        args, cfg = parse(argv, __doc__.partition(" - ")[2].split("\n\nDepends")[0])
+        sizes = (Config.train_size, 1) if args.data == "tiny" else (0, 0)
+        task = load_task(args.data, train_size=sizes[0], test_size=sizes[1], seed=cfg.seed)[0] if args.data else None
+        example = None if args.question is None else example_for(args.question.strip(), args.reference, args.wrong, task)
+        lm, base = load_models(args, cfg)
+        if example:
+            answer = args.answer or write(lm, chat_ids(lm.tokenizer, example.question), cfg, args.temperature)
+            show(explain(lm, example, answer, task=task, cfg=cfg, base=base), args.html)
+            return 0
+        try:
+            talk(lm, base, task, cfg, args.temperature)
+        except (KeyboardInterrupt, EOFError):  # two more ways to end a talk
+            print()
+        return 0
     except KeyboardInterrupt:
         print("explain.py: stopped", file=sys.stderr)
         return 130

@@ -1,7 +1,7 @@
 """asking.py - the command line of explain.py: which model, which question, under which settings of the loss.
 
-The settings of the loss are Config's own, with train.py's names, help and checks, so that an answer can be looked into under
-the very loss of a run. It exists apart so that explain.py can be about the answer.
+These are Config's own, with train.py's names, help and checks, so that an answer can be looked into under the very loss of a run.
+It exists apart so that explain.py can be about the answer.
 
 Depends on config.py, head.py, rollout.py, data.py.   Try it:  python explain.py --help
 """
@@ -12,7 +12,7 @@ import math
 from dataclasses import fields
 from pathlib import Path
 
-from engine.config import PRESETS, Config, flag, make
+from engine.config import PRESETS, Config, add_flag, make
 from engine.head import check_head
 from engine.rollout import SHORT, TINY, Loaded, choose_device, load
 from tasks.data import chat_ids
@@ -56,39 +56,30 @@ def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace,
         parser.add_argument(name, type=utf8, metavar="TEXT", help=help)
     parser.add_argument("--temperature", type=float, default=0.0, help="of the model's own answer (default: 0 = greedy)")
     for f in (f for f in fields(Config) if f.name in SETTINGS):
-        kind = dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else dict(type=type(f.default))
-        kind |= dict(choices=f.metadata["choices"]) if f.metadata["choices"] else {}
         tiny = f"; tiny world: {PRESETS['tiny'][f.name]}" if f.name in PRESETS["tiny"] else ""
-        help = f"{f.metadata['help']} (default: {DEFAULTS.get(f.name, f.default)}{tiny})"
-        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=help, **kind)
+        add_flag(parser, f, argparse.SUPPRESS, f"{f.metadata['help']} (default: {DEFAULTS.get(f.name, f.default)}{tiny})")
     parser.set_defaults(model="tiny")
     args = parser.parse_args(argv)
     args.question = args.question if args.asked is None else args.asked
     if args.data is None:
         args.data = "tiny" if speaks_world(SHORT.get(args.model, args.model)) else ""
     try:
-        check(args)
+        if args.question is None and any(x is not None for x in (args.reference, args.wrong, args.answer, args.html)):
+            raise ValueError("--reference, --wrong, --answer and --html belong to a question: add --question")
+        for name in ("question", "reference", "answer"):
+            if vars(args)[name] is not None and not vars(args)[name].strip():
+                raise ValueError(f"--{name} is empty: give a text, or leave it out")
+        if not 0 <= args.temperature < math.inf:
+            raise ValueError(f"--temperature {args.temperature} must be 0 (greedy) or more")
+        if "contexts" in args and args.contexts and not args.data:
+            raise ValueError(f"--contexts {args.contexts} needs solved examples of other questions: add --data file.jsonl")
         # Only what was given by hand is in the namespace: the rest is what the preset and plain self-distillation say.
         given = dict(contexts=3 if args.data else 0, agreement="token", w_contrast=0.1)
-        given |= {name: vars(args)[name] for name in SETTINGS if name in args}
+        given |= {name: value for name, value in vars(args).items() if name in SETTINGS}
         given |= {} if given["contexts"] else dict(agreement="none")
         return args, make("sd", model=args.model, preset="tiny" if args.data == "tiny" else "real", **given)
     except ValueError as error:
         parser.error(error)
-
-
-def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for what contradicts itself."""
-    if args.question is None and any(x is not None for x in (args.reference, args.wrong, args.answer, args.html)):
-        raise ValueError("--reference, --wrong, --answer and --html belong to a question: add --question")
-    for name in ("question", "reference", "answer"):
-        text = vars(args)[name]
-        if text is not None and not text.strip():
-            raise ValueError(f"--{name} is empty: give a text, or leave it out")
-    if not 0 <= args.temperature < math.inf:
-        raise ValueError(f"--temperature {args.temperature} must be 0 (greedy) or more")
-    if "contexts" in args and args.contexts and not args.data:
-        raise ValueError(f"--contexts {args.contexts} needs solved examples of other questions: add --data file.jsonl")
 
 
 def load_models(args: argparse.Namespace, cfg: Config) -> tuple[Loaded, Loaded]:

@@ -1,12 +1,12 @@
 """build.py - put a run together: device, model, data, teacher, optimizer, and the processes that share it.
 
-`start` turns a Config into a Run, all that train.py's loop needs, and refuses what cannot work before anything long begins.
-Order matters in one place: LoRA, sharding, then the copies that the teachers are made of, then the optimizer, because each
-holds on to the parameters that it finds.
+`start` turns a Config into a Run, all that train.py's loop needs, and refuses what cannot work before anything long begins. Its
+order matters: LoRA, sharding, the copies that teachers are made of, the optimizer; each holds on to the parameters that it finds.
 
 Depends on most other files.   Try it:  python -m pytest tests/test_train.py -q
 """
 
+import os
 import random
 import re
 import warnings
@@ -80,17 +80,15 @@ def task_of(cfg: Config) -> tuple[Task, dict]:
     """The data that a run asks for -> (Task, what was kept and dropped)."""
     at_hand = cfg.data == "tiny" or jsonl.is_file(cfg.data)
     # Where nothing is trained, a hub's training data is not even downloaded.
-    train = cfg.train_size if at_hand or cfg.steps or cfg.epochs else None
-    return catalog.load_task(
-        cfg.data, train_size=train, test_size=cfg.eval_size, wrong_references=cfg.wrong_references, seed=cfg.seed
-    )
+    sizes = dict(train_size=cfg.train_size if at_hand or cfg.steps or cfg.epochs else None, test_size=cfg.eval_size)
+    return catalog.load_task(cfg.data, **sizes, wrong_references=cfg.wrong_references, seed=cfg.seed)
 
 
 def place(cfg: Config) -> tuple[torch.device, Alone]:
     """Where this process works and with whom. Raises ValueError if the settings do not suit the number of processes."""
     name = cfg.device
     if name in ("auto", "cuda") and torch.cuda.is_available() and parallel.size() > 1:
-        name = f"cuda:{parallel.local_rank()}"  # each process its own
+        name = f"cuda:{os.environ['LOCAL_RANK']}"  # each process its own
     device, cfg.dtype, reason = choose_device(name, cfg.dtype)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -112,12 +110,10 @@ def assemble(cfg: Config, lm: Loaded, task: Task | None, ranks: Alone = ALONE) -
         lm.add_lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
     if cfg.shard:
         parallel.shard(model, bf16=cfg.dtype == "bf16")
-    frozen = None
-    if cfg.uses_base:
-        frozen = AdapterOff(lm.adapter) if lm.adapter else EMA(model, 1.0)
+    frozen = (AdapterOff(lm.adapter) if lm.adapter else EMA(model, 1.0)) if cfg.uses_base else None
     average = EMA(model, cfg.ema_decay) if cfg.uses_average else None
     if cfg.grad_checkpointing:
-        # Its name since transformers 5.23, where the old one warns.
+        # The first is its name since transformers 5.23, where the second one warns.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
         model.enable_input_require_grads()
@@ -125,8 +121,7 @@ def assemble(cfg: Config, lm: Loaded, task: Task | None, ranks: Alone = ALONE) -
     # Two groups under --shard: AdamW updates the tensors of a group together, and sharded ones only among themselves.
     groups = [[p for p in trained if isinstance(p, parallel.DTensor) == kind] for kind in (False, True)]
     groups = [{"params": g} for g in groups if g]
-    fused = lm.device.type == "cuda"
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=lm.device.type == "cuda")
     scaler = torch.amp.GradScaler(lm.device.type, enabled=cfg.dtype == "fp16")
     return Run(cfg, lm, task, optimizer, average, frozen, scaler, ranks=ranks)
 
@@ -174,13 +169,9 @@ def start(cfg: Config, out: Path) -> Run:
         raise ValueError("no held-out question fits: lower --max-new-tokens, or give shorter ones")
     cfg.steps = plan.steps_of(cfg, len(task.train))
     if cfg.sft_target == "worked" and not all(e.demo for e in task.train):
-        raise ValueError(
-            f"--sft-target worked: {task.name} has no worked answers beside its references; use --sft-target reference"
-        )
-    print(
-        f"model {lm.name} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters) | "
-        f"data {task.name} ({len(task.train)} questions, {task.fingerprint()}) | {cfg.steps} steps of {cfg.batch}"
-    )
+        raise ValueError(f"--sft-target worked: {task.name} has no worked answers beside references; use --sft-target reference")
+    data = f"data {task.name} ({len(task.train)} questions, {task.fingerprint()}) | {cfg.steps} steps of {cfg.batch}"
+    print(f"model {lm.name} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters) | {data}")
     run = assemble(cfg, lm, task, ranks)
     checkpoint.room_for(out, sum(p.numel() for p in model.parameters() if p.requires_grad))
     if run.average:

@@ -1,61 +1,54 @@
 """checkpoint.py - a run that survives: its folder, its state, and how it goes on bit for bit.
 
-Saved in <out>/checkpoint-<step>/: the model as an ordinary Hugging Face folder (fp32 safetensors) and state.pt with the EMA,
-the optimizer, the step (which is the schedule and the data cursor, both pure functions of it), every random state, and the
-settings. A folder is written under another name, flushed to disk and renamed: it is there whole or not at all. state.pt is
-read with weights_only=True: nothing is unpickled that could run code. It exists because long runs are killed.
+Saved in <out>/checkpoint-<step>/: the model as an ordinary Hugging Face folder (fp32 safetensors) and state.pt with the EMA, the
+optimizer, the step (which is the schedule and the data cursor, both pure functions of it), torch's random states (a run draws from
+no others) and the settings. A folder is written under another name, flushed to disk and renamed: it is there whole or not at all.
+state.pt is read with weights_only=True: nothing is unpickled that could run code. It exists because long runs are killed.
+What 2 processes wrote is resumed by 1, and the other way round.
 
-Written by 2 processes it resumes on 1, and the other way round.
 Depends on config.py, parallel.py, ema.py (through the run it is given).   Try it:  python -m pytest tests/test_resume.py -q
 """
 
 import errno
 import json
 import os
-import random
 import re
 import shutil
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from engine import parallel
-from engine.config import SETTINGS, Config, saved_settings
+from engine.config import Config, flag, saved_settings
 
 try:
     import fcntl
 except ImportError:  # Windows: there a folder is not locked
     fcntl = None
 
-
-def claim(cfg: Config) -> Path:
-    """Make --out this run's folder. Raises ValueError if it holds another run, or none that --resume could go on with."""
-    out = Path(cfg.out)
-    if (out / SETTINGS).exists() and not cfg.resume:
-        raise ValueError(f"--out {out} holds another run: add --resume to go on with it, or choose another folder")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; choose a folder")
-    if cfg.resume and not (out / SETTINGS).exists():
-        raise ValueError(f"--resume: {out} holds no run; check --out, or start without --resume")
-    if cfg.resume:
-        check_same(out, cfg)
-    out.mkdir(parents=True, exist_ok=True)
-    hold(out)
-    for leftover in out.glob(".writing-*"):  # a save that was killed half way
-        shutil.rmtree(leftover, ignore_errors=True)
-    return out
-
-
+# Settings that may change at --resume: they alter what is watched or where it runs, not what is computed.
+FREE = "resume out device shard save_every sample_every sample_batch chunk micro_batch max_tokens_per_pass".split()
+FREE += ["grad_checkpointing"]
 HELD: dict[Path, int] = {}  # folder -> the descriptor of its lock file, open as long as the process lives
 
 
-def hold(out: Path) -> None:
-    """Keep every other process out of this folder until this one ends, however it ends: two runs in one folder would mix
-    their logs and delete each other's checkpoints. Raises ValueError if another process is at work there.
+def claim(cfg: Config) -> Path:
+    """Make --out this run's folder, and keep others out while it runs. Raises ValueError if it is another run's, or in use, or if
+    there is nothing that --resume could go on with, or only under other settings.
     """
+    out, saved = Path(cfg.out), saved_settings(cfg.out)
+    if saved and not cfg.resume:
+        raise ValueError(f"--out {out} holds another run: add --resume to go on with it, or choose another folder")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; choose a folder")
+    if cfg.resume and not saved:
+        raise ValueError(f"--resume: {out} holds no run; check --out, or start without --resume")
+    for name, value in asdict(cfg).items():
+        if name not in FREE and name in saved and value not in (saved[name], "auto"):  # else the log would be of two runs
+            raise ValueError(f"{flag(name)} is {value!r} here and {saved[name]!r} in {out}: leave it out, or choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
     if out in HELD:
         os.close(HELD.pop(out))
     HELD[out] = os.open(out / ".lock", os.O_CREAT | os.O_WRONLY)
@@ -66,35 +59,9 @@ def hold(out: Path) -> None:
         raise ValueError(f"--out {out}: another process is at work there; let it finish, or stop it first") from None
     except OSError:  # a file system without locks
         pass
-
-
-# Settings that may change at --resume: they alter what is watched or where it runs, not what is computed.
-FREE = set(
-    "resume out device shard save_every sample_every sample_batch chunk micro_batch max_tokens_per_pass grad_checkpointing".split()
-)
-
-
-def check_same(out: Path, cfg: Config) -> None:
-    """Refuse to go on under other settings: the log would be of two runs. Raises ValueError naming the first that
-    differs.
-    """
-    saved = saved_settings(str(out))
-    for name, value in asdict(cfg).items():
-        if name not in FREE and name in saved and value not in (saved[name], "auto"):
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(
-                f"{flag} is {value!r} here and {saved[name]!r} in {out}: "
-                "leave it out to go on with that run, or choose another --out"
-            )
-
-
-def room_for(out: Path, parameters: int) -> None:
-    """Raises ValueError if two checkpoints (the old one goes only when the new one stands) do not fit on the disk."""
-    need, free = (2 * 4 * 4 * parameters + 50_000_000, shutil.disk_usage(out).free)  # weights, EMA and two Adam moments in fp32
-    if free < need:
-        raise ValueError(
-            f"--out {out}: {free / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed for checkpoints; free space, or choose another disk"
-        )
+    for leftover in out.glob(".writing-*"):  # a save that was killed half way
+        shutil.rmtree(leftover, ignore_errors=True)
+    return out
 
 
 def check_data(out: Path, manifest: dict) -> None:
@@ -102,9 +69,14 @@ def check_data(out: Path, manifest: dict) -> None:
     path = out / "manifest.json"
     saved = json.loads(path.read_text()) if path.exists() else {}
     if saved.get("sha256", manifest.get("sha256")) != manifest.get("sha256"):
-        raise ValueError(
-            f"--data {manifest['data']} has changed since the run in {out} began: put that file back, or choose another --out"
-        )
+        raise ValueError(f"--data {manifest['data']} has changed since the run in {out} began: put it back, or change --out")
+
+
+def room_for(out: Path, parameters: int) -> None:
+    """Raises ValueError if two checkpoints (the old one goes only when the new one stands) do not fit on the disk."""
+    need, free = 2 * 4 * 4 * parameters + 50_000_000, shutil.disk_usage(out).free  # weights, EMA and two Adam moments in fp32
+    if free < need:
+        raise ValueError(f"--out {out}: {free / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed for checkpoints; choose another disk")
 
 
 class DiskFull(OSError):
@@ -120,7 +92,7 @@ def disk(what: str):
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise DiskFull(
-            f"the disk is full: {what} was not written; the last checkpoint is whole, so free space and go on with --resume"
+            f"the disk is full: {what} was not written; the last checkpoint is whole: free space and --resume"
         ) from error
 
 
@@ -134,7 +106,7 @@ def write_json(path: Path, value) -> None:
         os.replace(new, path)
 
 
-def save(run) -> Path:
+def save(run) -> None:
     """Write checkpoint-<step>, then remove the older ones. Every rank must call it; rank 0 writes."""
     out = Path(run.cfg.out)
     new, final = out / f".writing-{run.step}", out / f"checkpoint-{run.step}"
@@ -147,38 +119,26 @@ def save(run) -> Path:
                 for file in new.iterdir():
                     with file.open("r+b") as f:
                         os.fsync(f.fileno())
-                if final.exists():
-                    shutil.rmtree(final)
+                shutil.rmtree(final, ignore_errors=True)
                 os.replace(new, final)
-        except BaseException:
+        finally:  # it is still there if it could not be finished
             shutil.rmtree(new, ignore_errors=True)
-            raise
         for old in all_checkpoints(out)[:-1]:
             shutil.rmtree(old, ignore_errors=True)
     run.ranks.wait()
-    return final
 
 
 def whole_weights(model) -> dict | None:
     """The whole model's weights where they are sharded; None where they lie in it anyway."""
-    if not any(isinstance(p, parallel.DTensor) for p in model.parameters()):
-        return None
-    return {n: parallel.full(t) for n, t in model.state_dict().items()}
+    sharded = any(isinstance(p, parallel.DTensor) for p in model.parameters())
+    return {n: parallel.full(t) for n, t in model.state_dict().items()} if sharded else None
 
 
 def state_of(run) -> dict:
     """All of a run but its weights, as one process would hold it: whole tensors, named after their parameters."""
-    legacy = np.random.get_state()
-    rng = {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(run.lm.device) if run.lm.device.type == "cuda" else None,
-        "python": random.getstate(),
-        "numpy": (legacy[0], legacy[1].tolist(), *legacy[2:]),
-    }
+    cuda = torch.cuda.get_rng_state(run.lm.device) if run.lm.device.type == "cuda" else None
     moments = lambda p: {k: parallel.full(v) for k, v in run.optimizer.state[p].items()}
-    average = run.average.state_dict() if run.average else None
-    if average:
-        average = average | {"shadow": {n: parallel.full(t) for n, t in average["shadow"].items()}}
+    average = run.average and run.average.state_dict() | {"shadow": {n: parallel.full(t) for n, t in run.average.shadow.items()}}
     trained = {n: p for n, p in run.lm.model.named_parameters() if p.requires_grad}
     return {
         "settings": asdict(run.cfg),
@@ -187,7 +147,7 @@ def state_of(run) -> dict:
         "ema": average,
         "scaler": run.scaler.state_dict(),
         "factors": {n: p.data for n, p in trained.items()} if run.lm.adapter else {},
-        "rng": run.ranks.objects(rng),
+        "rng": run.ranks.objects({"torch": torch.get_rng_state(), "cuda": cuda}),
     }
 
 
@@ -198,65 +158,37 @@ def all_checkpoints(out: Path) -> list[Path]:
 
 
 def restore(run) -> None:
-    """Put the last checkpoint's state into a freshly built run, and cut the log back to it. Without a checkpoint, start
-    over from step 0.
-    """
-    out = Path(run.cfg.out)
-    found = all_checkpoints(out)
-    if found:
+    """Put the last checkpoint's state into a freshly built run, and cut the log back to it; without one, start over from step 0."""
+    out, device = Path(run.cfg.out), run.lm.device
+    if found := all_checkpoints(out):
         model = run.lm.model
         state = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True)
         weights = state["factors"] or type(model).from_pretrained(found[-1], dtype=torch.float32).state_dict()
-        own = model.state_dict()
-        weights = {n: parallel.like(t, own[n]) for n, t in weights.items()}
-        model.load_state_dict(weights, strict=not state["factors"])
-        for n, p in model.named_parameters():
-            if n in state["optimizer"]:
-                moments = state["optimizer"][n].items()
-                place = lambda v, p=p: parallel.like(v, p) if v.shape == p.shape else v.to(p.device)
-                run.optimizer.state[p] = {k: place(v) for k, v in moments}
+        own, parameters = model.state_dict(), dict(model.named_parameters())
+        model.load_state_dict({n: parallel.like(t, own[n]) for n, t in weights.items()}, strict=not state["factors"])
+        for n, moments in state["optimizer"].items():
+            place = lambda v, p=parameters[n]: parallel.like(v, p) if v.shape == p.shape else v.to(p.device)
+            run.optimizer.state[parameters[n]] = {k: place(v) for k, v in moments.items()}
         if run.average:
             shadow = {n: parallel.like(t, run.average.shadow[n]) for n, t in state["ema"]["shadow"].items()}
             run.average.load_state_dict(state["ema"] | {"shadow": shadow})
         run.scaler.load_state_dict(state["scaler"])
         run.step = state["step"]
         if len(state["rng"]) == run.ranks.size:  # else: other ranks than before have other random states (dropout)
-            set_random(state["rng"][run.ranks.rank], run.lm.device)
-    if run.ranks.rank == 0:
-        cut_log(out / "log.jsonl", run.step)
+            rng = state["rng"][run.ranks.rank]
+            torch.set_rng_state(rng["torch"])
+            if device.type == "cuda" and rng["cuda"] is not None:
+                torch.cuda.set_rng_state(rng["cuda"], device)
+    log, new = out / "log.jsonl", out / "log.jsonl.new"
+    if run.ranks.rank == 0 and log.exists():  # a last line that was cut by a kill has no end
+        rows = [row for row in log.read_text().splitlines(keepends=True) if row.endswith("\n")]
+        new.write_text("".join(row for row in rows if json.loads(row)["step"] <= run.step))
+        os.replace(new, log)
     run.ranks.wait()
 
 
-def set_random(rng: dict, device: torch.device) -> None:
-    """Every generator back to where it was."""
-    torch.set_rng_state(rng["torch"].cpu())
-    if device.type == "cuda" and rng["cuda"] is not None:
-        torch.cuda.set_rng_state(rng["cuda"].cpu(), device)
-    random.setstate((rng["python"][0], tuple(rng["python"][1]), rng["python"][2]))
-    np.random.set_state((rng["numpy"][0], np.array(rng["numpy"][1], dtype=np.uint32), *rng["numpy"][2:]))
-
-
-def cut_log(path: Path, step: int) -> None:
-    """Forget the rows after `step`, and a last line that was cut by a kill."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if row["step"] <= step:
-            kept.append(line)
-    new = path.with_name("log.jsonl.new")
-    new.write_text("".join(line + "\n" for line in kept))
-    os.replace(new, path)
-
-
 def save_final(run) -> None:
-    """The trained model, loadable as --model <out>; the checkpoints have served. settings.json stays: the folder is
-    taken.
-    """
+    """The trained model, loadable as --model <out>; the checkpoints have served. settings.json stays: the folder is taken."""
     out, weights = Path(run.cfg.out), whole_weights(run.lm.model)
     if run.ranks.rank:
         return
@@ -289,7 +221,5 @@ def save_bad_batch(run, batch, loss: float, norm: float) -> str:
     ]
     rows = sum(run.ranks.objects(rows), [])  # every process' share
     write_json(path, {"step": run.step + 1, "loss": repr(loss), "grad_norm": repr(norm), "settings": asdict(run.cfg), "rows": rows})
-    return (
-        f"step {run.step + 1}: the loss is {loss} and the gradient norm {norm}; the weights were not updated. "
-        f"The batch is in {path}. Try a lower --lr, a --clip, or --dtype fp32, in a new --out"
-    )
+    said = f"step {run.step + 1}: the loss is {loss} and the gradient norm {norm}; the weights were not updated"
+    return f"{said}. The batch is in {path}. Try a lower --lr, a --clip, or --dtype fp32, in a new --out"

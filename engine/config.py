@@ -1,14 +1,11 @@
-"""config.py - every setting, once: this dataclass is the command line, the record in a checkpoint and the
-documentation.
+"""config.py - every setting, once: this dataclass is the command line, the record in a checkpoint and the documentation.
 
-`Config` adds to unisd.Mechanisms all that a run needs. unisd.RECIPES are a few overrides of it each: there is no code behind
-a recipe's name, so mechanisms compose by flags on any of them:
+`Config` adds to unisd.Mechanisms all that a run needs. unisd.RECIPES are a few overrides of it each: there is no code behind a
+recipe's name, so mechanisms compose by flags on any of them:  python train.py --recipe ema --clip 2.0
 
-    python train.py --recipe ema --clip 2.0
-
-Order of precedence: the dataclass < PRESETS (what the model needs) < RECIPES < PRESET_RECIPES < flags given by hand.
-It exists so that a setting has one default, one help text and one record; what contradicts itself or can have no effect is
-refused, or warned about, by name and with the fix, before anything is loaded.
+Order of precedence: the dataclass < PRESETS (what the model needs) < RECIPES < PRESET_RECIPES < flags given by hand. It exists so
+that a setting has one default, one help text and one record; what contradicts itself or can have no effect is refused, or warned
+about, by name and with the fix, before anything is loaded.
 
 Depends on unisd.py (for Mechanisms).   Try it:  python train.py --help
 """
@@ -17,32 +14,25 @@ import argparse
 import json
 import math
 import warnings
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 
 from losses import LN2
 from unisd import RECIPES, Mechanisms, opt
 
 # What a model of this size needs, whatever the recipe. "auto" takes tiny for --model tiny and real for everything else.
+SMALL = dict(lr=1e-3, steps=240, batch=48, micro_batch=48, gamma=1.0, temperature=1.0, max_new_tokens=40)
+SMALL |= dict(max_tokens_per_pass=1024)  # on a CPU small passes are faster: they stay in its cache
 OFFICIAL = dict(data="scienceqa", steps=0, epochs=1.0, train_size=0, batch=64, lr=2e-5)
 OFFICIAL |= dict(lora_rank=64, lora_alpha=128, lora_dropout=0.05, eval_size=0)
 PRESETS: dict[str, dict] = {
-    "tiny": dict(
-        lr=1e-3,
-        steps=240,
-        batch=48,
-        micro_batch=48,
-        gamma=1.0,
-        temperature=1.0,
-        max_new_tokens=40,
-        max_tokens_per_pass=1024,  # on a CPU small passes are faster: they stay in its cache
-    ),
+    "tiny": SMALL,
     "real": OFFICIAL | dict(lora_rank=0, lora_dropout=0.0, lr=5e-6, eval_size=500),
     "official": OFFICIAL | dict(context_reference=False, context_kind="retrieval"),
 }
 # The official scripts halve the batch and weaken gamma for UniSD*.
 PRESET_RECIPES = {(p, "unisd-star"): dict(gamma=0.001, batch=32) for p in ("real", "official")}
-
 # What still differs under --preset official, said at the start of such a run.
 DEPARTURES = (
     "sequence weights act (theirs cancel): --normalizer sequence for theirs",
@@ -54,8 +44,10 @@ DEPARTURES = (
     "the batch is 64, for UniSD* 32 (theirs depends on model size and devices), the seed 0 (theirs 42)",
     "an epoch is rounded to whole steps (theirs drops the last incomplete batch); weights are fp32 (theirs bf16)",
 )
-
-
+SETTINGS = "settings.json"  # in --out; config.json there is the model's
+AT_LEAST_ONE = "batch micro_batch sample_batch max_new_tokens top_k max_tokens_per_pass ema_every demos".split()
+SHARES = "agreement_budget on_policy wrong_references clip_quantile warmup lora_dropout".split()  # at most 1
+ABOVE_ZERO = "temperature distill_temperature agreement_temperature".split()
 CONTEXT_KINDS = ("random", "retrieval", "induction")
 
 
@@ -72,33 +64,21 @@ class Config(Mechanisms):
     dry_run: bool = opt(False, "say what the run would do and cost, then stop; nothing is downloaded")
     resume: bool = opt(False, "go on from the last checkpoint in --out, bit for bit")
     # --- the teacher
-    teacher: str = opt(
-        "frozen", "frozen = the model as it was; ema = slow average, eq. 3; live = the student itself", ("frozen", "ema", "live")
-    )
+    teacher: str = opt("frozen", "frozen = as it was; ema = slow average, eq. 3; live = the student", ("frozen", "ema", "live"))
     ema_decay: float = opt(0.9, "share of the old teacher kept at each update")
     ema_every: int = opt(10, "optimizer steps between two EMA updates")
     contexts: int = opt(3, "K: how many contexts the agreement compares")
-    agreement_budget: float = opt(
-        1.0, "score the contexts for this share of the sequences only, the least certain; the others keep weight 1"
-    )
+    agreement_budget: float = opt(1.0, "score contexts for this share of the sequences, the least certain; others keep weight 1")
     uncertainty: str = opt(
-        "entropy",
-        "what makes a sequence uncertain: the teacher's entropy; its divergence from the student (one more student pass); "
-        "random, the control",
-        ("entropy", "divergence", "random"),
+        "entropy", "the teacher's entropy; its divergence (one more pass); random, a control", ("entropy", "divergence", "random")
     )
     demos: int = opt(1, "solved examples in each context")
     context_kind: str = opt("random", "a context shows random or similar solved examples, or an induced instruction", CONTEXT_KINDS)
     context_reference: bool = opt(True, "contexts also hold the question's own reference")
-    retriever: str = opt("states", "similarity by the model's own mean-pooled states, or tfidf", ("states", "tfidf"))
     negatives: str = opt("rule", "wrong references: by rule, or model-written; both verified wrong", ("rule", "model"))
     # --- sampling
     on_policy: float = opt(1.0, "share of the steps trained on the student's own answers; the others use the references")
-    sft_target: str = opt(
-        "reference",
-        "what the other steps imitate: the reference, or a correct worked answer in the model's own style (tiny world)",
-        ("reference", "worked"),
-    )
+    sft_target: str = opt("reference", "others imitate the reference, or a worked answer (tiny world)", ("reference", "worked"))
     sampler: str = opt("student", "who writes the answers: the student, or the frozen base model", ("student", "base"))
     temperature: float = opt(0.7, "sampling temperature; has no effect on the loss")
     max_new_tokens: int = opt(1024, "longest answer")
@@ -121,9 +101,7 @@ class Config(Mechanisms):
     grad_checkpointing: bool = opt(False, "recompute activations in the backward: less memory, about a third more time")
     shard: bool = opt(False, "divide weights, optimizer and EMA among the processes of torchrun (FSDP2)")
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps (auto never picks mps)")
-    dtype: str = opt(
-        "auto", "matmul precision; weights and optimizer stay fp32; fp16 scales the loss", ("auto", "fp32", "bf16", "fp16")
-    )
+    dtype: str = opt("auto", "matmul precision; weights stay fp32; fp16 scales the loss", ("auto", "fp32", "bf16", "fp16"))
     # --- data
     wrong_references: float = opt(0.0, "tiny world: share of training questions whose reference is wrong")
     train_size: int = opt(4000, "number of training questions (0 = all that a data set has)")
@@ -150,36 +128,34 @@ class Config(Mechanisms):
 
 def parse(argv: list[str] | None = None) -> Config:
     """The command line -> a checked Config. Unknown flags and recipes exit with code 2 and say what exists."""
-    parser = argparse.ArgumentParser(
-        prog="train.py",
-        description="Improve a model with its own answers, re-read with a reference in view (UniSD). The defaults shown are "
-        "those of the --model, --preset and --recipe beside --help.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-        add_help=False,
-    )
+    about = "Improve a model with its own answers, re-read with a reference in view (UniSD). The defaults shown are those of the "
+    about += "--model, --preset and --recipe beside --help."
+    how = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, add_help=False)
+    parser = argparse.ArgumentParser("train.py", description=about, **how)
     # Not argparse's own: that would print the dataclass's defaults, before the model and the recipe have set theirs.
     parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS, help="show this and exit")
-    own = list(Config.__annotations__)
-    for f in sorted(fields(Config), key=lambda f: (f.name not in own, own.index(f.name) if f.name in own else 0)):
-        kind = f.type if isinstance(f.type, str) else f.type.__name__
-        how = dict(type={"int": int, "float": float, "str": str}.get(kind), choices=f.metadata["choices"] or None)
-        how = dict(action=argparse.BooleanOptionalAction) if kind == "bool" else how
-        parser.add_argument(flag(f.name), default=f.default, help=f.metadata["help"], **how)
+    for f in sorted(fields(Config), key=lambda f: f in fields(Mechanisms)):  # what is inherited comes last
+        add_flag(parser, f, f.default, f.metadata["help"])
     first = parser.parse_args(argv)
     parser.set_defaults(**layers(first.model, first.preset, first.recipe))
-    # Under its own settings; what is given by hand on top is compared with them (checkpoint.check_same).
+    # Under its own settings; what is given by hand on top is compared with them (checkpoint.claim).
     if first.resume:
         saved = saved_settings(default_out(parser.parse_args(argv)))
         parser.set_defaults(**{f.name: saved[f.name] for f in fields(Config) if f.name in saved})
     if "help" in first:
         parser.print_help()
         parser.exit()
-    cfg = Config(**vars(parser.parse_args(argv)))
     try:
-        return check(cfg)
+        return check(Config(**vars(parser.parse_args(argv))))
     except ValueError as error:
         parser.exit(2, f"train.py: {error}\n")
+
+
+def add_flag(parser: argparse.ArgumentParser, setting: Field, default, help: str) -> None:
+    """The flag of one field of Config: --name VALUE, of its type and among its choices; --name and --no-name where it is a bool."""
+    how = dict(type=type(setting.default), choices=setting.metadata["choices"] or None)
+    how = dict(action=argparse.BooleanOptionalAction) if isinstance(setting.default, bool) else how
+    parser.add_argument(flag(setting.name), default=default, help=help, **how)
 
 
 def layers(model: str, preset: str, recipe: str) -> dict:
@@ -198,14 +174,11 @@ def make(recipe: str = "unisd-star", **overrides) -> Config:
 
 
 def check(cfg: Config) -> Config:
-    """Refuse what contradicts itself (ValueError naming the flag and the fix) and warn about what can have no effect."""
-    check_values(cfg)
-    for bad, why in contradictions(cfg):
-        if bad:
-            raise ValueError(why)
-    for idle, why in without_effect(cfg):
-        if idle:
-            warnings.warn(why, stacklevel=2)
+    """Refuse what makes no sense (ValueError naming the flag and the fix) and warn about what can have no effect."""
+    for why in contradictions(cfg):
+        raise ValueError(why)
+    for why in without_effect(cfg):
+        warnings.warn(why, stacklevel=2)
     return cfg
 
 
@@ -213,111 +186,67 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-AT_LEAST_ONE = "batch micro_batch sample_batch max_new_tokens top_k max_tokens_per_pass ema_every demos".split()
-SHARES = "agreement_budget on_policy wrong_references clip_quantile warmup lora_dropout".split()
-ABOVE_ZERO = "temperature distill_temperature agreement_temperature".split()
-
-
-def check_values(cfg: Config) -> None:
-    """Each setting on its own. Raises ValueError."""
+def contradictions(cfg: Config) -> Iterator[str]:
+    """What to say of settings that make no sense, each on its own and together."""
     for f in fields(cfg):
         value, name, choices = getattr(cfg, f.name), flag(f.name), f.metadata["choices"]
         if choices and value not in choices:
-            raise ValueError(f"{name} {value!r} does not exist; choose from {', '.join(choices)}")
+            yield f"{name} {value!r} does not exist; choose from {', '.join(choices)}"
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name} is {value}; it must be a finite number")
+            yield f"{name} is {value}; it must be a finite number"
         if isinstance(value, int | float) and value < 0:
-            raise ValueError(f"{name} {value} is negative; 0 switches a setting off")
+            yield f"{name} {value} is negative; 0 switches a setting off"
         if f.name in AT_LEAST_ONE and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+            yield f"{name} must be at least 1, got {value}"
         if f.name in SHARES and value > 1:
-            raise ValueError(f"{name} {value} is outside [0, 1]")
+            yield f"{name} {value} is outside [0, 1]"
         if f.name in ABOVE_ZERO and value == 0:
-            raise ValueError(f"{name} must be above 0 (training samples; evaluation is always greedy)")
+            yield f"{name} must be above 0 (training samples; evaluation is always greedy)"
+    if not (cfg.w_div or cfg.w_nll or cfg.w_match or cfg.w_contrast):
+        yield "every weight is 0 (--w-div, --w-nll, --w-match, --w-contrast): there is nothing to minimise"
+    if cfg.divergence == "jsd" and not 0 < cfg.alpha < 1:
+        yield f"--alpha {cfg.alpha} must lie strictly between 0 and 1, where a JSD is 0; use --divergence forward or reverse"
+    if cfg.estimator == "sampled" and cfg.divergence != "reverse":
+        yield f"--estimator sampled with --divergence {cfg.divergence}: one token estimates a reverse KL; add --divergence reverse"
+    if cfg.data == "tiny" and not (cfg.train_size and cfg.eval_size):
+        yield "--train-size and --eval-size must be at least 1 for --data tiny: a procedural world has no end"
+    if cfg.clip and cfg.clip_quantile:
+        yield "--clip and --clip-quantile are two ceilings for one divergence: set one of them to 0"
+    if cfg.agreement != "none" and cfg.contexts < 2:
+        why = "the variance of one reading is undefined" if cfg.stat == "var" else "the range of one reading is always 0"
+        yield f"--contexts {cfg.contexts} with --agreement {cfg.agreement}: {why}; set --contexts 2 or more, or --agreement none"
+    if cfg.shard and cfg.lora_rank:
+        yield "--shard divides what is trained, and LoRA trains little: leave out one of --shard and --lora-rank"
+    if cfg.teacher == "ema" and not 0 < cfg.ema_decay < 1:
+        yield f"--ema-decay {cfg.ema_decay}: 1 never moves, 0 is the student; use a value between, or --teacher frozen or live"
 
 
-def contradictions(cfg: Config) -> list[tuple[bool, str]]:
-    """(does it hold, what to say) for settings that exclude each other."""
-    why = "the variance of one reading is undefined" if cfg.stat == "var" else "the range of one reading is always 0"
-    return [
-        (
-            not (cfg.w_div or cfg.w_nll or cfg.w_match or cfg.w_contrast),
-            "every weight is 0 (--w-div, --w-nll, --w-match, --w-contrast): there is nothing to minimise",
-        ),
-        (
-            cfg.divergence == "jsd" and not 0 < cfg.alpha < 1,
-            f"--alpha {cfg.alpha} must lie strictly between 0 and 1 for --divergence jsd "
-            "(at both ends the JSD is zero); use --divergence forward or reverse",
-        ),
-        (
-            cfg.estimator == "sampled" and cfg.divergence != "reverse",
-            f"--estimator sampled with --divergence {cfg.divergence}: one sampled token only estimates the reverse KL; "
-            "add --divergence reverse",
-        ),
-        (
-            cfg.data == "tiny" and not (cfg.train_size and cfg.eval_size),
-            "--train-size and --eval-size must be at least 1 for --data tiny: a procedural world has no end",
-        ),
-        (
-            bool(cfg.clip and cfg.clip_quantile),
-            "--clip and --clip-quantile are two ceilings for one divergence: set one of them to 0",
-        ),
-        (
-            cfg.agreement != "none" and cfg.contexts < 2,
-            f"--contexts {cfg.contexts} with --agreement {cfg.agreement} and --stat {cfg.stat}: {why}; "
-            "set --contexts 2 or more, or --agreement none",
-        ),
-        (
-            bool(cfg.shard and cfg.lora_rank),
-            "--shard divides what is trained, and LoRA trains little: leave out one of --shard and --lora-rank",
-        ),
-        (
-            cfg.teacher == "ema" and not 0 < cfg.ema_decay < 1,
-            f"--ema-decay {cfg.ema_decay}: 1 never moves and 0 is the student itself; "
-            "use a value between, or --teacher frozen or live",
-        ),
-    ]
-
-
-def without_effect(cfg: Config) -> list[tuple[bool, str]]:
-    """(does it hold, what to say) for settings that cannot act."""
-    return [
-        (
-            cfg.divergence == "jsd" and cfg.clip >= LN2,
-            f"--clip {cfg.clip} can never act: a JSD is at most ln 2 = {LN2:.3f}; set it below that, or use --divergence forward",
-        ),
-        (cfg.agreement != "none" and not cfg.w_div, "--agreement has no effect: it weighs the divergence, and --w-div is 0"),
-        (bool((cfg.clip or cfg.clip_quantile) and not cfg.w_div), "--clip has no effect: it caps the divergence, and --w-div is 0"),
-        (cfg.teacher == "ema" and not cfg.uses_teacher, "--teacher ema has no effect: nothing in this recipe asks a teacher"),
-        (
-            cfg.agreement != "none" and 0 in (cfg.gamma, cfg.agreement_budget),
-            "--agreement has no effect: --gamma or --agreement-budget is 0, so every weight is 1 and no context is read",
-        ),
-        (
-            cfg.estimator == "sampled"
-            and (cfg.temperature != cfg.distill_temperature or cfg.on_policy < 1 or cfg.sampler == "base"),
-            "--estimator sampled is biased here: it needs the student's own samples at the temperature of the loss; set "
-            "--temperature and --distill-temperature equal, --on-policy 1 and --sampler student",
-        ),
-        (
-            cfg.lora_rank > 0 and cfg.lr < 1e-5,
-            f"--lr {cfg.lr} is a rate for training all weights; LoRA factors usually need 1e-5 to 2e-4",
-        ),
-        (
-            cfg.teacher == "ema" and 0 < cfg.steps < cfg.ema_every,
-            f"the EMA teacher never moves: {cfg.steps} steps are fewer than --ema-every {cfg.ema_every}",
-        ),
-    ]
+def without_effect(cfg: Config) -> Iterator[str]:
+    """What to say of settings that cannot act, or hardly can."""
+    if cfg.divergence == "jsd" and cfg.clip >= LN2:
+        yield f"--clip {cfg.clip} can never act: a JSD is at most ln 2 = {LN2:.3f}; set it below that, or use --divergence forward"
+    if cfg.agreement != "none" and not cfg.w_div:
+        yield "--agreement has no effect: it weighs the divergence, and --w-div is 0"
+    if (cfg.clip or cfg.clip_quantile) and not cfg.w_div:
+        yield "--clip has no effect: it caps the divergence, and --w-div is 0"
+    if cfg.teacher == "ema" and not cfg.uses_teacher:
+        yield "--teacher ema has no effect: nothing in this recipe asks a teacher"
+    if cfg.agreement != "none" and 0 in (cfg.gamma, cfg.agreement_budget):
+        yield "--agreement has no effect: --gamma or --agreement-budget is 0, so every weight is 1 and no context is read"
+    own_samples = cfg.sampler == "student" and cfg.on_policy == 1 and cfg.temperature == cfg.distill_temperature
+    if cfg.estimator == "sampled" and not own_samples:
+        fix = "set --temperature and --distill-temperature equal, --on-policy 1 and --sampler student"
+        yield f"--estimator sampled is biased: it needs the student's own samples at the temperature of the loss; {fix}"
+    if cfg.lora_rank > 0 and cfg.lr < 1e-5:
+        yield f"--lr {cfg.lr} is a rate for training all weights; LoRA factors usually need 1e-5 to 2e-4"
+    if cfg.teacher == "ema" and 0 < cfg.steps < cfg.ema_every:
+        yield f"the EMA teacher never moves: {cfg.steps} steps are fewer than --ema-every {cfg.ema_every}"
 
 
 def default_out(cfg: Config) -> str:
     """--out, or where a run goes that was given none: runs/sd-seed0, runs/Qwen2.5-0.5B-my-sd-seed0 (with my.jsonl)."""
-    model, data = Path(cfg.model).name, Path(cfg.data).stem
-    names = [name for name in (model, data) if name not in ("tiny", "")]
+    names = [name for name in (Path(cfg.model).name, Path(cfg.data).stem) if name not in ("tiny", "")]
     return cfg.out or "runs/" + "-".join([*names, cfg.recipe, f"seed{cfg.seed}"])
-
-
-SETTINGS = "settings.json"  # in --out; config.json there is the model's
 
 
 def saved_settings(out: str) -> dict:

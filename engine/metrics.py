@@ -1,17 +1,16 @@
 """metrics.py - is it better, and did it forget? The numbers behind eval.py and behind every run's before and after.
 
-What: greedy accuracy on held-out questions with 95 % Wilson intervals; the *ceiling*, which is the same model with the
-reference in its prompt and the first number to look at; paired differences of two models on the same questions; the
-perplexity of the gold solutions; and how far a model has drifted from the one it started as:
+What: greedy accuracy on held-out questions with 95 % Wilson intervals; the *ceiling*, which is the same model with the reference in
+its prompt and the first number to look at; paired differences of two models on the same questions; the perplexity of the gold
+solutions; and how far a model has drifted from the one it started as:
 
     jsd_to_base     mean JSD (alpha .5) of the two models over the tokens of the base's own greedy answers, in nats
     retention_ppl   the base's perplexity on the tuned model's answers: does it still write what the base finds likely?
     reverse_ppl     the tuned model's perplexity on the base's answers: does it still find likely what the base wrote?
 
-A perplexity is exp(- mean log-prob per token), over all tokens of all answers. (The official code averages exp per
-answer, which one odd answer can dominate.) A model that learns *has* to move away from its base's wrong answers: drift
-is read beside the accuracy it bought. Generated answers can be kept in a cache, under a key that contains the weights
-and every setting of the sampling.
+A perplexity is exp(- mean log-prob per token), over all tokens of all answers. (The official code averages exp per answer, which
+one odd answer can dominate.) A model that learns *has* to move away from its base's wrong answers: drift is read beside the
+accuracy it bought. Answers can be kept in a cache, under a key of the weights and every setting of the sampling.
 
 Depends on losses.py, reading.py, data.py, rollout.py, parallel.py.   Try it:  python -m pytest tests/test_metrics.py -q
 """
@@ -20,7 +19,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -34,6 +33,8 @@ from engine.rollout import Loaded, decode, generate, right_pad, turn_end
 from tasks.data import Example, Task, chat_ids, fit_prompt, teacher_message
 from unisd import read
 
+CHUNK, BUDGET = 256, 16384  # tokens per application of the head, tokens per pass: bound memory, never change a result
+
 
 def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % interval of a share, in per cent; unlike the normal one it stays inside 0-100 and is right at 0 and 100 %."""
@@ -45,74 +46,59 @@ def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def that_fit(lm: Loaded, examples: Sequence[Example], limit: int) -> list[Example]:
-    """The questions that leave room for an answer of `limit` tokens in the model's context. The others are left out with a
-    warning: one of them would otherwise end the evaluation of all.
-    """
+    """The questions that leave room for an answer of `limit` tokens in the model's context. Warns of those that are left out."""
     room = lm.context - limit
     kept = [e for e in examples if len(chat_ids(lm.tokenizer, e.question)) <= room]
     if len(kept) < len(examples):
         first = next(e for e in examples if e not in kept)
-        warnings.warn(
-            f"{len(examples) - len(kept)} of {len(examples)} held-out questions are left out, first {first.question[:40]!r}: "
-            f"longer than the {room} tokens that the model's context leaves beside --max-new-tokens {limit}",
-            stacklevel=2,
+        out = (
+            f"{len(examples) - len(kept)} of {len(examples)} held-out questions are left out, first {first.question[:40]!r}: longer"
         )
+        warnings.warn(f"{out} than the {room} tokens that the context leaves beside --max-new-tokens {limit}", stacklevel=2)
     return kept
 
 
 def prompts_for(lm: Loaded, task: Task, examples: Sequence[Example], with_reference: bool, limit: int) -> list[list[int]]:
-    """Evaluation prompts: the question alone, or with its right reference (the ceiling of self-distillation).
-
-    A reference is shortened where prompt and answer (`limit` tokens) would not fit the model's context; a question never is.
-    """
+    """Evaluation prompts: the question alone, or with its right reference (the ceiling), which is cut where it would not fit."""
     build = lambda e: (lambda r: teacher_message(task.wording, e.question, r)) if with_reference else (lambda _: e.question)
-    room = lm.context - limit
-    return [fit_prompt(lm.tokenizer, build(e), e.reference if with_reference else "", room)[0] for e in examples]
+    return [fit_prompt(lm.tokenizer, build(e), e.reference if with_reference else "", lm.context - limit)[0] for e in examples]
 
 
-def measure(
-    lm: Loaded, task: Task, examples: Sequence[Example], with_reference: bool = False, limit: int = 0, cache: Path | None = None
-) -> dict:
+def measure(lm: Loaded, task: Task, examples: Sequence[Example], with_reference=False, limit=0, cache: Path | None = None) -> dict:
     """Greedy accuracy and what the answers look like. Shares are in per cent.
 
-    -> {"accuracy": mean over families, "by_task", "interval", "abstained", "length" (tokens), "eos" (ended by itself),
-    "n", "scored": how many of them can be, "correct": one bool per example, "texts": the answers, "extra": per family, the mean
-    of every further number that the scorer gives}
-    A family without answers cannot be scored: None in "by_task", and in "accuracy" if there is no other.
+    -> {"accuracy": mean over families, "by_task", "interval", "abstained", "length" (tokens), "eos" (ended by itself), "n",
+    "scored": how many of them can be, "correct": one bool per example, "texts": the answers, "extra": per family, the mean of
+    every further number of the scorer}. A family without answers cannot be scored: None in "by_task", and in "accuracy" if there
+    is no other.
     """
     limit = limit or task.max_new_tokens
     ids, mask = answers(lm, prompts_for(lm, task, examples, with_reference, limit), limit, cache)
     texts = decode(lm, ids, mask)
     results = task.score(examples, texts)
-    families = list(dict.fromkeys(e.task for e in examples))
+    families = dict.fromkeys(e.task for e in examples)
     per_family = {f: [r for e, r in zip(examples, results, strict=True) if e.task == f] for f in families}
     scored = {e.task for e in examples if e.answer is not None}
-    by_task = {f: 100 * sum(r["correct"] for r in rs) / len(rs) if f in scored else None for f, rs in per_family.items()}
+    mean = lambda rs, name: 100 * sum(float(r[name]) for r in rs) / len(rs)
+    more = lambda r: [k for k, v in r.items() if isinstance(v, bool | int | float) and k not in ("correct", "abstained")]
+    by_task = {f: mean(rs, "correct") if f in scored else None for f, rs in per_family.items()}
     return {
         "accuracy": sum(by_task[f] for f in scored) / len(scored) if scored else None,
         "by_task": by_task,
         "interval": {f: list(wilson(sum(r["correct"] for r in rs), len(rs))) for f, rs in per_family.items() if f in scored},
-        "abstained": 100 * sum(r["abstained"] for r in results) / len(results),
+        "abstained": mean(results, "abstained"),
         "length": mask.sum(1).float().mean().item(),
         "eos": 100 * ended(lm, ids, mask).float().mean().item(),
         "n": len(examples),
         "scored": sum(len(per_family[f]) for f in scored),
         "correct": [bool(r["correct"]) for r in results],
         "texts": texts,
-        "extra": {f: extra_means(rs) for f, rs in per_family.items()},
+        "extra": {f: {k: mean(rs, k) for k in more(rs[0])} for f, rs in per_family.items()},
     }
 
 
-def extra_means(results: Sequence[dict]) -> dict:
-    """Means of what a scorer says beyond right and wrong (strict, lenient, action, arguments, ...), in per cent."""
-    names = [k for k, v in results[0].items() if isinstance(v, bool | int | float) and k not in ("correct", "abstained")]
-    return {k: 100 * sum(float(r[k]) for r in results) / len(results) for k in names}
-
-
 def answers(lm: Loaded, prompts: list[list[int]], limit: int, cache: Path | None = None) -> tuple[Tensor, Tensor]:
-    """Greedy answers, from the cache if the very same weights answered the very same prompts before. -> ids, mask (B,
-    T).
-    """
+    """Greedy answers, from the cache if the very same weights answered the very same prompts before. -> ids, mask (B, T)"""
     if cache is None:
         few = len(prompts) < lm.ranks.size  # then each process answers all
         with whole_layers(lm.model):
@@ -120,25 +106,21 @@ def answers(lm: Loaded, prompts: list[list[int]], limit: int, cache: Path | None
         return (ids, mask) if few else (lm.ranks.gather(ids), lm.ranks.gather(mask))
     key = hashlib.sha256(repr((fingerprint(lm), prompts, limit, 0.0, lm.eos, lm.vocab, lm.dtype)).encode()).hexdigest()[:24]
     file = cache / f"{key}.pt"
-    if file.exists():
-        ids, mask = torch.load(file, map_location=lm.device, weights_only=True)
-        return ids, mask
-    ids, mask = generate(lm, prompts, limit, temperature=0.0)
-    cache.mkdir(parents=True, exist_ok=True)
-    torch.save((ids.cpu(), mask.cpu()), file)
-    return ids, mask
+    if not file.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        torch.save(tuple(x.cpu() for x in answers(lm, prompts, limit)), file)
+    return torch.load(file, map_location=lm.device, weights_only=True)
 
 
 def fingerprint(lm: Loaded) -> str:
     """A hash of all weights: two checkpoints of one run, or one folder written twice, never share a cached answer."""
     # Hashing billions of weights takes a while: once, as long as nothing writes into them (torch counts the writes).
     state = (id(lm.model), sum(p._version for p in lm.model.parameters()))
-    if lm.hashed and lm.hashed[0] == state:
-        return lm.hashed[1]
-    digest = hashlib.sha256(lm.name.encode())
-    for name, p in lm.model.state_dict().items():
-        digest.update(name.encode() + p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    lm.hashed = (state, digest.hexdigest())
+    if not lm.hashed or lm.hashed[0] != state:
+        digest = hashlib.sha256(lm.name.encode())
+        for name, p in lm.model.state_dict().items():
+            digest.update(name.encode() + p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        lm.hashed = (state, digest.hexdigest())
     return lm.hashed[1]
 
 
@@ -162,11 +144,8 @@ def write_rows(path: Path, rows: Sequence[dict]) -> None:
 
 
 def paired(a: Sequence[bool], b: Sequence[bool]) -> dict:
-    """How much better `a` is than `b` on the same questions, in points, with a 95 % interval.
-
-    The interval is that of a mean of paired differences, -1, 0 or 1 each: narrower than two separate intervals, because
-    both models meet the same easy and hard questions. Also how many questions each wins alone. Raises ValueError if
-    lengths differ.
+    """How much better `a` is than `b` on the same questions, in points, with the 95 % interval of a mean of paired differences
+    (less wide than two separate ones); how many questions each wins alone. Raises ValueError if lengths differ.
     """
     d = [int(x) - int(y) for x, y in zip(a, b, strict=True)]
     n = len(d)
@@ -186,91 +165,66 @@ def ended(lm: Loaded, ids: Tensor, mask: Tensor) -> Tensor:
 def drift(tuned: Loaded, base: Loaded, task: Task, examples: Sequence[Example], limit: int = 0, cache: Path | None = None) -> dict:
     """How far `tuned` is from `base` (see the top of the file). Raises ValueError if they do not share one tokenizer."""
     if tuned.vocab != base.vocab:
-        raise ValueError(
-            f"--base {base.name} has another tokenizer ({base.vocab} tokens against {tuned.vocab}): "
-            "give the model it was trained from"
-        )
+        raise ValueError(f"--base {base.name} has another tokenizer ({base.vocab} tokens, not {tuned.vocab}): give its true base")
     limit = limit or task.max_new_tokens
     prompts = prompts_for(tuned, task, examples, False, limit)
     said = answers(base, prompts, limit, cache)
     own = said if tuned is base else answers(tuned, prompts, limit, cache)
-    return {
-        "jsd_to_base": token_jsd(tuned, base, prompts, *said),
-        "retention_ppl": perplexity(base, prompts, *own),
-        "reverse_ppl": perplexity(tuned, prompts, *said),
-    }
+    jsd, reverse = token_jsd(tuned, base, prompts, *said), perplexity(tuned, prompts, *said)
+    return {"jsd_to_base": jsd, "retention_ppl": perplexity(base, prompts, *own), "reverse_ppl": reverse}
 
 
 def gold_ppl(lm: Loaded, task: Task, examples: Sequence[Example]) -> float:
     """Perplexity of the gold solutions (an example's target, or its reference), asked without them."""
     prompts = prompts_for(lm, task, examples, False, limit=1)
     ids = lambda e: lm.tokenizer(e.target or e.reference, add_special_tokens=False, verbose=False)["input_ids"]
-    rows = [ids(e) + [turn_end(lm)] for e in examples]
-    rows = [r[: max(1, lm.context - len(p))] for r, p in zip(rows, prompts, strict=True)]
+    rows = [[*ids(e), turn_end(lm)][: max(1, lm.context - len(p))] for e, p in zip(examples, prompts, strict=True)]
     return perplexity(lm, prompts, *right_pad(rows, lm.device))
+
+
+def read_answers(lm: Loaded, prompts: list[list[int]], ids: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Given answers, similar lengths together. -> for each group its n tokens (n,) and the final states before them (n, H)"""
+    lm.model.eval()
+    for rows in passes([len(p) + n for p, n in zip(prompts, mask.sum(1).tolist(), strict=True)], BUDGET):
+        with lm.autocast():
+            states = read(lm.model, [prompts[i] for i in rows], ids[rows], mask[rows])
+        yield ids[rows][mask[rows].bool()], states
 
 
 @torch.no_grad()
 def mean_entropy(lm: Loaded, prompts: list[list[int]], ids: Tensor, mask: Tensor) -> float:
     """Mean entropy of the model over the tokens of given answers, in nats."""
-    total = 0.0
-    lm.model.eval()
-    for rows in groups(prompts, mask):
-        with lm.autocast():
-            states = read(lm.model, [prompts[i] for i in rows], ids[rows], mask[rows])
-        entropies = each_token(states, head_of(lm.model, lm.vocab), 1.0, CHUNK, lambda logps, _: losses.entropy(logps))
-        total += entropies.sum().item()
-    return total / mask.sum().item()
-
-
-CHUNK, BUDGET = 256, 16384  # tokens per application of the head, tokens per pass: bound memory, never change a result
-
-
-def groups(prompts: list[list[int]], mask: Tensor) -> list[list[int]]:
-    """Rows to read together, similar lengths together."""
-    return passes([len(p) + n for p, n in zip(prompts, mask.sum(1).tolist(), strict=True)], BUDGET)
+    head, entropy = head_of(lm.model, lm.vocab), lambda logps, _: losses.entropy(logps)
+    found = (each_token(states, head, 1.0, CHUNK, entropy) for _, states in read_answers(lm, prompts, ids, mask))
+    return sum(x.sum().item() for x in found) / mask.sum().item()
 
 
 @torch.no_grad()
 def perplexity(lm: Loaded, prompts: list[list[int]], ids: Tensor, mask: Tensor) -> float:
     """exp(- mean log-prob per token) of given answers."""
-    total = 0.0
-    lm.model.eval()
-    for rows in groups(prompts, mask):
-        m = mask[rows].bool()
-        with lm.autocast():
-            states = read(lm.model, [prompts[i] for i in rows], ids[rows], m)
-        total += sampled_logps(states, ids[rows][m], head_of(lm.model, lm.vocab), 1.0, CHUNK).sum().item()
-    return math.exp(-total / mask.sum().item())
+    head = head_of(lm.model, lm.vocab)
+    found = (sampled_logps(states, said, head, 1.0, CHUNK) for said, states in read_answers(lm, prompts, ids, mask))
+    return math.exp(-sum(x.sum().item() for x in found) / mask.sum().item())
 
 
 @torch.no_grad()
 def token_jsd(a: Loaded, b: Loaded, prompts: list[list[int]], ids: Tensor, mask: Tensor) -> float:
     """Mean JSD per token of given answers, in nats."""
     total = 0.0
-    a.model.eval(), b.model.eval()
-    for rows in groups(prompts, mask):
-        states = []
-        for lm in (a, b):
-            with lm.autocast():
-                states.append(read(lm.model, [prompts[i] for i in rows], ids[rows], mask[rows]))
-        heads = [head_of(lm.model, lm.vocab).ready(x) for lm, x in zip((a, b), states, strict=True)]
-        for s in chunks(len(states[0]), CHUNK):
-            logps = [h.logps(h.logits(x[s]), 1.0) for h, x in zip(heads, states, strict=True)]
+    for both in zip(*(read_answers(lm, prompts, ids, mask) for lm in (a, b)), strict=True):
+        heads = [head_of(lm.model, lm.vocab).ready(states) for lm, (_, states) in zip((a, b), both, strict=True)]
+        for s in chunks(len(both[0][0]), CHUNK):
+            logps = [head.logps(head.logits(states[s]), 1.0) for head, (_, states) in zip(heads, both, strict=True)]
             total += losses.jsd(*logps, alpha=0.5).sum().item()
     return total / mask.sum().item()
 
 
 def table(columns: dict[str, dict]) -> str:
     """Markdown: a row per family, a column per measurement, each with its 95 % interval."""
-    families = list(next(iter(columns.values()))["by_task"])
     lines = ["| family | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for f in families:
-        cells = [
-            f"{percent(c['by_task'][f]):>5}"
-            + (f" [{c['interval'][f][0]:.0f}, {c['interval'][f][1]:.0f}]" if c["by_task"][f] is not None else "")
-            for c in columns.values()
-        ]
+    between = lambda c, f: " [{:.0f}, {:.0f}]".format(*c["interval"][f]) if f in c["interval"] else ""
+    for f in next(iter(columns.values()))["by_task"]:
+        cells = [f"{percent(c['by_task'][f]):>5}{between(c, f)}" for c in columns.values()]
         lines.append(f"| {f} | " + " | ".join(cells) + " |")
     lines.append("| **mean** | " + " | ".join(f"**{percent(c['accuracy'])}**" for c in columns.values()) + " |")
     return "\n".join(lines)

@@ -1,8 +1,7 @@
 """page.py - how one explained answer looks: a table for a terminal, a self-contained page for a browser.
 
-Both show the same numbers, those of explain.Explained. The table is plain ASCII but for the tokens, and these are made safe: a
-token may be a line break, half an emoji, or a sequence that recolours the reader's terminal. The page needs no script and
-nothing from the network, and everything in it that a person or a model wrote is escaped.
+Both show the same numbers, those of explain.Explained. Tokens are made safe for a terminal: one may be a line break, half an emoji,
+or a sequence that recolours it. The page needs nothing from the network, and all in it that a person or a model wrote is escaped.
 
 Depends on nothing of ours.   Try it:  python -m pytest tests/test_explain.py -q
 """
@@ -13,6 +12,7 @@ import shutil
 import sys
 import unicodedata
 from html import escape
+from operator import itemgetter
 from pathlib import Path
 from string import Template
 
@@ -70,15 +70,15 @@ def columns_of(x) -> list[tuple[str, str, list[str]]]:
     k = len(x.tokens[0].contexts)
     out = [("D", f"{NAMES[x.cfg.divergence]} in nats", [number(t.div) for t in x.tokens])]
     if x.cfg.w_contrast:
-        meaning = "contrast, eq. 5: 0 once the wrong teacher is further off by the margin"
-        out.append(("C", meaning, [number(t.contrast) for t in x.tokens]))
-    readings = zip(*(t.contexts if k <= 4 else (min(t.contexts), max(t.contexts)) for t in x.tokens), strict=True)
-    for i, some in enumerate(readings):
-        meaning = f"log-prob of the token under context {i + 1}" if k <= 4 else f"{('lowest', 'highest')[i]} of {k} contexts"
-        out.append((f"l{i + 1}" if k <= 4 else ("low", "high")[i], meaning, [number(logp, 2) for logp in some]))
+        why = "contrast, eq. 5: 0 once the wrong teacher is further off by the margin"
+        out.append(("C", why, [number(t.contrast) for t in x.tokens]))
+    shown = [(f"l{i + 1}", f"log-prob of the token under context {i + 1}", itemgetter(i)) for i in range(k)]
+    if k > 4:
+        shown = [("low", f"lowest of {k} contexts", min), ("high", f"highest of {k} contexts", max)]
+    out += [(title, meaning, [number(pick(t.contexts), 2) for t in x.tokens]) for title, meaning, pick in shown]
     if k:
-        meaning = f"agreement weight, eq. 2, gamma {x.cfg.gamma:g}: smaller where they differ"
-        out.append(("w", meaning, [number(t.weight, 2) for t in x.tokens]))
+        why = f"agreement weight, eq. 2, gamma {x.cfg.gamma:g}: smaller where they differ"
+        out.append(("w", why, [number(t.weight, 2) for t in x.tokens]))
     return out
 
 
@@ -87,13 +87,11 @@ def sums_of(x) -> list[tuple[str, str, str]]:
     weights, clip = [t.weight for t in x.tokens], x.cfg.clip
     remark = f"w from {min(weights):.3f} to {max(weights):.3f}" if x.tokens[0].contexts else "no contexts: w is 1"
     remark += f"; {sum(t.div > clip for t in x.tokens)} clipped at {clip:g}" if clip else ""
-    rows = [("mean D", f"nats a token, {len(x.tokens)} tokens"), ("weighted mean D", remark)]
-    rows += [("mean contrast", f"margin {x.cfg.margin:g}"), ("mean match", "features, eq. 6"), ("mean nll", "cross-entropy")]
-    terms = [(x.cfg.w_div, "weighted mean D"), (x.cfg.w_contrast, "mean contrast")]
-    terms += [(x.cfg.w_match, "mean match"), (x.cfg.w_nll, "mean nll")]
-    how = " + ".join(f"{w:g} * {x.sums[name]:.6f}" for w, name in terms if w)
-    rows.append(("loss", f"= {how} (eq. 1)"))
-    return [(name, f"{x.sums[name]:.6f}", remark) for name, remark in rows if name in x.sums]
+    terms = [("weighted mean D", x.cfg.w_div, remark), ("mean contrast", x.cfg.w_contrast, f"margin {x.cfg.margin:g}")]
+    terms += [("mean match", x.cfg.w_match, "features, eq. 6"), ("mean nll", x.cfg.w_nll, "cross-entropy")]
+    how = " + ".join(f"{w:g} * {x.sums[name]:.6f}" for name, w, _ in terms if w)
+    rows = [("mean D", f"nats a token, {len(x.tokens)} tokens"), *((name, remark) for name, w, remark in terms if w)]
+    return [(name, f"{x.sums[name]:.6f}", remark) for name, remark in [*rows, ("loss", f"= {how} (eq. 1)")]]
 
 
 def table(x, width: int = 100, color: bool = False, encoding: str = "utf-8") -> str:
@@ -129,55 +127,34 @@ def show(x, html: str | None = None) -> None:
         print(f"\nthe page: {html}")
 
 
-# --- the page: a card per token, in view while the pointer or the focus is on the token, so no script is needed -------
-
-PAGE = Path(__file__).with_name("page.html")
-
-
 def html_page(x) -> str:
-    """The page as one text, which needs nothing else."""
+    """The page: a card per token, in view while the pointer or the focus is on the token, so no script is needed."""
     columns, marked = columns_of(x), worst(x.tokens)
+    first = max(range(len(x.tokens)), key=lambda i: x.tokens[i].div)  # its card is open until another one is asked for
     say = lambda text: escape("␣" if text == " " else visible(text))
     paragraphs = lambda text: escape("\n".join(map(visible, text.split("\n"))))
     heat = lambda d: f"--heat: {1 - math.exp(-1.4 * d):.3f}"  # 0.1 nats just show, 2 are nearly full
-    rows = lambda lines: "".join("<tr>" + "".join(line) + "</tr>" for line in lines)
-    name, text, num = ("<th>{}".format, "<td>{}".format, '<td class="n">{}'.format)
 
-    def card(i: int, t) -> str:
+    def token(i: int, t) -> str:
         facts = [("token", f"{i + 1} of {len(x.tokens)}"), ("student", chance(t.student)), ("teacher", chance(t.teacher))]
         facts += [(title, cells[i]) for title, _, cells in columns]
-        out = f"<b>{say(t.text)}</b>" + "".join(f"<span><i>{title}</i> {value}</span>" for title, value in facts)
-        out = f'<span class="facts">{out}</span>'
+        card = f"<b>{say(t.text)}</b>" + "".join(f"<span><i>{title}</i> {value}</span>" for title, value in facts)
+        card = f'<span class="facts">{card}</span>'
         for who, top in (("student", t.top_student), ("teacher", t.top_teacher)):
-            out += f'<span class="top"><i>what the {who} would say</i>'
-            for word, p in top:
-                own = ' class="own"' if word == t.text else ""
-                out += f'<span{own} style="--p: {p:.3f}"><b>{say(word)}</b>{chance(p)}</span>'
-            out += "</span>"
-        return f'<span class="card" tabindex="-1">{out}</span>'
-
-    tokens = ""
-    first = max(range(len(x.tokens)), key=lambda i: x.tokens[i].div)  # its card is open until another one is asked for
-    for i, t in enumerate(x.tokens):
+            bars = [(' class="own"' * (word == t.text), p, say(word)) for word, p in top]
+            bars = "".join(f'<span{own} style="--p: {p:.3f}"><b>{word}</b>{chance(p)}</span>' for own, p, word in bars)
+            card += f'<span class="top"><i>what the {who} would say</i>{bars}</span>'
         kind = "tok" + " worst" * (i in marked) + " first" * (i == first)
-        tokens += f'<span class="{kind}" tabindex="0" style="{heat(t.div)}">{say(t.text)}{card(i, t)}</span>'
-        tokens += "<br>" * ("\n" in t.text)
-    titles = ["token", "student", "teacher", "would say", "", *(title for title, *_ in columns)]
-    lines = [list(map(name, titles))]
-    for i, t in enumerate(x.tokens):
-        top, p = t.top_teacher[0]
-        cells = [chance(p), *(cells[i] for _, _, cells in columns)]
-        lines.append([text(say(t.text)), num(chance(t.student)), num(chance(t.teacher)), text(say(top)), *map(num, cells)])
-    return Template(PAGE.read_text(encoding="utf-8")).substitute(
+        token = f'{say(t.text)}<span class="card" tabindex="-1">{card}</span>'
+        return f'<span class="{kind}" tabindex="0" style="{heat(t.div)}">{token}</span>' + "<br>" * ("\n" in t.text)
+
+    box = '<details><summary>the prompt: {}</summary><pre class="box">{}</pre></details>'.format
+    return Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8")).substitute(
         title=escape(visible(x.example.question)),
-        head=rows([name(title), text(paragraphs(value))] for title, value in title_of(x)),
-        tokens=tokens,
+        head="".join(f"<tr><th>{title}<td>{paragraphs(value)}</tr>" for title, value in title_of(x)),
+        tokens="".join(token(i, t) for i, t in enumerate(x.tokens)),
         scale=" ".join(f'<span class="tok" style="{heat(d)}">{d:g}</span>' for d in (0, 0.1, 0.3, 1, 3)),
-        sums=rows([name(title), num(value), text(escape(remark))] for title, value, remark in sums_of(x)),
-        rows=rows(lines),
-        notes="<br>".join(f"<b>{title}</b> {escape(meaning)}" for title, meaning, _ in columns),
-        prompts="".join(
-            f'<details><summary>the prompt: {reader}</summary><pre class="box">{paragraphs(prompt)}</pre></details>'
-            for reader, prompt in x.prompts.items()
-        ),
+        sums="".join(f'<tr><th>{title}<td class="n">{value}<td>{escape(remark)}</tr>' for title, value, remark in sums_of(x)),
+        numbers=escape(table(x, 120)),
+        prompts="".join(box(reader, paragraphs(prompt)) for reader, prompt in x.prompts.items()),
     )

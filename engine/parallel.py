@@ -1,18 +1,18 @@
 """parallel.py - one run, several processes: what a step must know of all of them.
 
-What: `torchrun --nproc-per-node N train.py ...` starts N processes ("ranks"). Each samples, scores and differentiates its
-own share of a step's prompts, and the gradients are *summed*, because the loss is already divided by the whole step's
-denominator. So the result is that of one process with the same batch, up to the order of additions:
+What: `torchrun --nproc-per-node N train.py ...` starts N processes ("ranks"). Each samples, scores and differentiates its own share
+of a step's prompts, and the gradients are *summed*, because the loss is already divided by the whole step's denominator. So the
+result is that of one process with the same batch, up to the order of additions:
 
   gather / mine   quantiles, denominators and "the least certain quarter" are properties of the step, not of a share
   sum_gradients   after the last micro-batch, one sum per parameter
   any / total     shall we stop? and the numbers of the log
 
---shard (FSDP2, `fully_shard`) also divides the decoder's weights, gradients, optimizer state and the EMA among the ranks.
-The embedding table and the head stay whole on each: the loss applies the head itself, outside of `forward`. While answers
-are sampled and read, ranks do different numbers of passes, so the layers are gathered for that long (`whole_layers`).
+--shard (FSDP2) also divides the decoder's weights, gradients, optimizer state and EMA. The embedding table and the head stay whole:
+the loss applies the head itself, outside of `forward`. While answers are sampled and read, ranks do different numbers of passes, so
+the layers are gathered for that long (`whole_layers`). Alone is the same interface for one process: the identity, which costs
+nothing.
 
-Alone is the same interface for one process; everything is the identity there, and costs nothing.
 Depends on torch only.   Try it:  python -m pytest tests/test_parallel.py -q
 """
 
@@ -48,7 +48,8 @@ class Alone:
         return x
 
     def any(self, flag: bool) -> bool:
-        return flag
+        """Does a rank say so?"""
+        return bool(self.total(torch.tensor(float(flag))) > 0)
 
     def objects(self, x) -> list:
         """One small Python object per rank."""
@@ -65,9 +66,7 @@ ALONE = Alone()
 
 
 class Ranks(Alone):
-    """The processes that torchrun started. Small things travel over the CPUs (gloo), which notice at once when a process
-    is gone; only gradients and FSDP's layers take the GPUs' own way (NCCL).
-    """
+    """Processes that torchrun started. Small things travel over the CPUs (gloo), which notice at once when a process is gone."""
 
     def __init__(self):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -90,9 +89,6 @@ class Ranks(Alone):
         dist.all_reduce(out)
         return out.to(x.device)
 
-    def any(self, flag: bool) -> bool:
-        return bool(self.total(torch.tensor(float(flag))) > 0)
-
     def objects(self, x) -> list:
         out = [None] * self.size
         dist.all_gather_object(out, x)
@@ -114,21 +110,16 @@ def size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def local_rank() -> int:
-    """The number of this process on its machine: which GPU is its own."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+def rank() -> int:
+    """This process' number; 0 is the one that prints and writes."""
+    return int(os.environ.get("RANK", "0")) if size() > 1 else 0
 
 
 def join() -> None:
     """Meet the other processes that torchrun started, if it did."""
     if size() > 1 and not dist.is_initialized():
-        # Both: tensors on a GPU travel by NCCL, the others by gloo.
+        # Both: tensors on a GPU (gradients, FSDP's layers) travel by NCCL, the others by gloo.
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-
-
-def rank() -> int:
-    """This process' number; 0 is the one that prints and writes."""
-    return int(os.environ.get("RANK", "0")) if size() > 1 else 0
 
 
 def ranks() -> Alone:
@@ -138,9 +129,7 @@ def ranks() -> Alone:
 
 @contextmanager
 def one_voice():
-    """Only rank 0 prints; at the end everyone says goodbye. After an error nobody does: NCCL's goodbye waits for ranks
-    that may be waiting for this one, and the error would never be told.
-    """
+    """Only rank 0 prints; at the end all say goodbye, not after an error: NCCL's goodbye waits for ranks that may wait for us."""
     with open(os.devnull, "w", errors="replace") as silence, redirect_stdout(silence) if rank() else nullcontext():
         yield
     if dist.is_available() and dist.is_initialized():
@@ -153,17 +142,14 @@ def lost(error: RuntimeError) -> bool:
     return size() > 1 and any(s in str(error) for s in signs)
 
 
-# --- sharding: FSDP2 -----------------------------------------------------------------------------------------------------
-
-
+# --- sharding: FSDP2 -------------------------------------------------------------------------------------------------
 def shard(model: nn.Module, bf16: bool) -> None:
     """Divide the decoder's layers among the ranks, in place; the embedding table and the head stay whole."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    kind = next(model.parameters()).device.type
-    mesh = init_device_mesh(kind, (dist.get_world_size(),))
     decoder = model.get_decoder()
+    mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
     how = dict(mesh=mesh, reshard_after_forward=True)
     if bf16:  # the inputs stay as they are: autocast casts what a product needs, as without sharding
         how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -175,17 +161,14 @@ def shard(model: nn.Module, bf16: bool) -> None:
         part.set_gradient_divide_factor(1.0)
 
 
-def layers_of(model: nn.Module) -> list:
-    """The sharded layers; [] without --shard."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return [m for m in model.modules() if isinstance(m, FSDPModule)]
-
-
 @contextmanager
 def whole_layers(model: nn.Module):
     """All layers gathered: inside, a forward pass needs no other rank, so ranks may do different numbers of them."""
-    layers = layers_of(model) if size() > 1 else []
+    layers = []
+    if size() > 1:
+        from torch.distributed.fsdp import FSDPModule
+
+        layers = [m for m in model.modules() if isinstance(m, FSDPModule)]
     for layer in layers:
         layer.set_reshard_after_forward(False)
         layer.unshard()
@@ -198,9 +181,7 @@ def whole_layers(model: nn.Module):
 
 
 def full(x):
-    """A sharded tensor made whole, for rank 0's file: there on the CPU, elsewhere nothing. Everything else as it is. Every
-    rank must call it. One tensor at a time is whole on the device.
-    """
+    """A sharded tensor made whole, for rank 0's file: there on the CPU, elsewhere nothing. Every rank must call. Else: x itself."""
     if not isinstance(x, DTensor):
         return x
     whole = x.full_tensor()
@@ -210,9 +191,7 @@ def full(x):
 def like(x: Tensor, reference: Tensor) -> Tensor:
     """A whole tensor where the reference is, divided as the reference is."""
     x = x.to(reference.device)
-    if not isinstance(reference, DTensor):
-        return x
-    return distribute_tensor(x, reference.device_mesh, reference.placements)
+    return distribute_tensor(x, reference.device_mesh, reference.placements) if isinstance(reference, DTensor) else x
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:

@@ -1,7 +1,6 @@
 """plan.py - what a run will do and cost, before anything is downloaded:  python train.py --model Qwen2.5-7B --dry-run
 
-What: steps, model passes per step by mechanism, EMA updates and half-life, and an estimate of memory and time. Of N
-trained and P present parameters, in fp32 and bytes:
+Steps, passes per step by mechanism, EMA updates, and an estimate of memory and time. Of N trained and P present parameters, bytes:
 
     memory   4 P weights + 4 N gradients + 8 N Adam + 4 N per average (EMA teacher, frozen copy)
              + activations of one micro-batch + the head's: 4 V (chunk + side + 6 piece; JSD 12), see head.py
@@ -9,9 +8,8 @@ trained and P present parameters, in fp32 and bytes:
              there whole while answers are sampled and read: 4 P more, 2 P in bf16
     work     2 P per token read, 6 P per token trained (a third more with gradient checkpointing), 2 P per token sampled
 
-The time is that work divided by a speed that is measured on the spot with a matrix product, times how much of it
-language models usually reach. It is an estimate, within a factor of two or three: the first minute of the run itself
-knows better.
+The time is that work divided by what a matrix product reaches here, times the share of it that language models usually reach: an
+estimate, within a factor of two or three. The first minute of the run itself knows better.
 
 Depends on ema.py, config.py, head.py, parallel.py, rollout.py, tasks/jsonl.py.   Try it:  python -m pytest tests/test_plan.py -q
 """
@@ -30,36 +28,29 @@ from engine.head import tokens_per_chunk
 from engine.rollout import SHORT, choose_device
 from tasks import jsonl
 
-# Parameters in millions, layers, hidden size, vocabulary: as published with the models. Other hub ids are only known
-# once downloaded.
+# Parameters, layers, hidden size, vocabulary: as published with the models. Other hub ids are only known once downloaded.
 KNOWN = {
-    "Qwen/Qwen2.5-0.5B-Instruct": (494, 24, 896, 151_936),
-    "Qwen/Qwen2.5-1.5B-Instruct": (1544, 28, 1536, 151_936),
-    "Qwen/Qwen2.5-3B-Instruct": (3086, 36, 2048, 151_936),
-    "Qwen/Qwen2.5-7B-Instruct": (7616, 28, 3584, 152_064),
-    "meta-llama/Llama-3.1-8B-Instruct": (8030, 32, 4096, 128_256),
-    "google/gemma-3-4b-it": (4300, 34, 2560, 262_208),
+    "Qwen/Qwen2.5-0.5B-Instruct": (494e6, 24, 896, 151_936),
+    "Qwen/Qwen2.5-1.5B-Instruct": (1544e6, 28, 1536, 151_936),
+    "Qwen/Qwen2.5-3B-Instruct": (3086e6, 36, 2048, 151_936),
+    "Qwen/Qwen2.5-7B-Instruct": (7616e6, 28, 3584, 152_064),
+    "meta-llama/Llama-3.1-8B-Instruct": (8030e6, 32, 4096, 128_256),
+    "google/gemma-3-4b-it": (4300e6, 34, 2560, 262_208),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": (134.5e6, 30, 576, 49_152),
 }
-PROMPT = {"tiny": 40}  # tokens of a typical prompt, mean over student, teacher and contexts
 REACHED = 0.35  # of a plain matrix product's speed, by training; sampling is bound by memory and reaches far less
 SAMPLING = 0.03
 
 
 def size_of(model: str) -> tuple[float, int, int, int] | None:
-    """(parameters, layers, hidden size, vocabulary) of a known name or a local folder; None if only a download could
-    tell.
-    """
+    """(parameters, layers, hidden size, vocabulary) of a known name or a local folder; None if only a download could tell."""
     where = SHORT.get(model, model)
-    if where in KNOWN:
-        millions, *rest = KNOWN[where]
-        return millions * 1e6, *rest
-    if not (Path(where) / "config.json").exists():
-        return None
+    if where in KNOWN or not (Path(where) / "config.json").exists():
+        return KNOWN.get(where)
     config = AutoConfig.from_pretrained(where, trust_remote_code=False)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    text = config.get_text_config()
-    parameters = float(sum(p.numel() for p in empty.parameters()))
+    text, parameters = config.get_text_config(), float(sum(p.numel() for p in empty.parameters()))
     return parameters, text.num_hidden_layers, text.hidden_size, text.vocab_size
 
 
@@ -69,37 +60,29 @@ def steps_of(cfg: Config, questions: int) -> int:
         return cfg.steps
     steps = max(1, round(cfg.epochs * questions / cfg.batch))
     if cfg.uses_average and steps < cfg.ema_every:
-        warnings.warn(
-            f"the EMA teacher never moves: --epochs {cfg.epochs:g} of {questions} questions are {steps} steps, fewer than "
-            f"--ema-every {cfg.ema_every}; raise --epochs, or lower --batch or --ema-every",
-            stacklevel=2,
-        )
+        few = f"--epochs {cfg.epochs:g} of {questions} questions are {steps} steps, fewer than --ema-every {cfg.ema_every}"
+        warnings.warn(f"the EMA teacher never moves: {few}; raise --epochs, or lower --batch or --ema-every", stacklevel=2)
     return steps
 
 
 def passes_of(cfg: Config) -> dict[str, float]:
-    """Model passes over a step's answers, by what asks for them; a share of the answers is a share of a pass. The
-    student's own is with gradient.
-    """
-    found: dict[str, float] = {"student, with gradient": 1}
-    if cfg.uses_teacher:
-        found["teacher"] = 1
-    if cfg.uses_agreement:
-        found["agreement contexts"] = round(cfg.contexts * cfg.agreement_budget, 2)
-        if cfg.agreement_budget < 1 and cfg.uncertainty == "divergence":
-            found["uncertainty by divergence"] = 1
-    if cfg.w_contrast:
-        found["contrast's negative"] = 1
-    if cfg.clip_quantile and cfg.w_div:
-        found["ceiling at a quantile"] = 1
-    return found
+    """Model passes over a step's answers, by what asks for them; a share of the answers is a share of a pass."""
+    passes = {
+        "student, with gradient": 1,
+        "teacher": cfg.uses_teacher,
+        "agreement contexts": cfg.uses_agreement and round(cfg.contexts * cfg.agreement_budget, 2),
+        "uncertainty by divergence": cfg.uses_agreement and cfg.agreement_budget < 1 and cfg.uncertainty == "divergence",
+        "contrast's negative": bool(cfg.w_contrast),
+        "ceiling at a quantile": bool(cfg.clip_quantile and cfg.w_div),
+    }
+    return {name: float(n) for name, n in passes.items() if n}
 
 
 def flops_per_second(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """What a square matrix product reaches here, floating-point operations per second."""
     n = 4096 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=dtype)
-    a @ a
+    a @ a  # the first one is slower
     done, begun = 0, time.perf_counter()
     while time.perf_counter() - begun < seconds:
         a @ a
@@ -112,10 +95,12 @@ def flops_per_second(device: torch.device, dtype: torch.dtype, seconds: float = 
 def describe(cfg: Config) -> str:
     """The whole plan as text."""
     device, dtype, reason = choose_device(cfg.device, cfg.dtype)
-    data = f"data {cfg.data}"
+    data, prompt = f"data {cfg.data}", 40 if cfg.data == "tiny" else 300  # tokens, a mean over student, teacher and contexts
     if jsonl.is_file(cfg.data):  # it is on this disk, so its mistakes can be named now
-        _, manifest = jsonl.load_jsonl(cfg.data, train_size=cfg.train_size, test_size=cfg.eval_size, seed=cfg.seed, negatives=False)
-        data = jsonl.in_short(manifest)
+        sizes = dict(train_size=cfg.train_size, test_size=cfg.eval_size)
+        task, manifest = jsonl.load_jsonl(cfg.data, **sizes, seed=cfg.seed, negatives=False)
+        data, letters = jsonl.in_short(manifest), sum(len(e.question + e.reference) for e in task.train)
+        prompt = 40 + letters / len(task.train) / 4  # a token has about four letters
         cfg.steps = steps_of(cfg, manifest["train"])
     steps = cfg.steps or f"as many as {cfg.epochs:g} epoch{'s' * (cfg.epochs != 1)} of {cfg.data} need"
     found = passes_of(cfg)
@@ -131,19 +116,19 @@ def describe(cfg: Config) -> str:
     size = size_of(cfg.model)
     if size is None:
         return "\n".join([*lines, "memory and time: unknown until the model is downloaded (give a folder or a short name)"])
-    parameters = size[0]
-    needed = memory(cfg, *size, bf16=dtype != "fp32", processes=parallel.size())
+    parameters, needed = size[0], memory(cfg, *size, bf16=dtype != "fp32", processes=parallel.size())
     lines.append(f"memory: about {needed / 2**30:.1f} GiB, of {parameters / 1e6:.0f} M parameters")
     speed = flops_per_second(device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32))
-    prompt = PROMPT.get(cfg.data, min(cfg.max_prompt_tokens, 300))
-    tokens = cfg.batch * (prompt + cfg.max_new_tokens / 4)  # typical lengths, not the longest
+    prompt, answer = min(cfg.max_prompt_tokens, prompt), cfg.max_new_tokens / 4
+    tokens = cfg.batch * (prompt + answer)
     read, trained = sum(found.values()) - 1, 4 if cfg.grad_checkpointing else 3
     seconds = 2 * parameters * tokens * (read + trained) / (REACHED * speed)
-    seconds += cfg.on_policy * 2 * parameters * cfg.batch * cfg.max_new_tokens / 4 / (SAMPLING * speed)
+    seconds += cfg.on_policy * 2 * parameters * cfg.batch * answer / (SAMPLING * speed)
     seconds /= parallel.size()
-    lines.append(f"time on this device: very roughly {duration(seconds)} a step")
-    if cfg.steps:
-        lines[-1] += f", {duration(cfg.steps * seconds)} in all"
+    in_all = f", {duration(cfg.steps * seconds)} in all" if cfg.steps else ""
+    lines.append(f"time on this device: very roughly {duration(seconds)} a step{in_all}")
+    lengths = f"  for prompts of {prompt:.0f} tokens and answers of {answer:.0f}, a quarter of --max-new-tokens"
+    lines.append(f"{lengths} {cfg.max_new_tokens}: the flag that matters most, since an answer may go on that long")
     return "\n".join(lines)
 
 
@@ -163,11 +148,9 @@ def memory(cfg: Config, parameters: float, layers: int, hidden: int, vocab: int,
     kept = 4 if cfg.grad_checkpointing else 68 if bf16 else 96
     answers = cfg.micro_batch * cfg.max_new_tokens
     chunk, side, piece = (min(n, answers) for n in tokens_per_chunk(cfg.chunk, vocab))
-    # Tensors of (piece, V) inside the formula.
-    inside = 4 if not cfg.uses_teacher else 12 if cfg.divergence == "jsd" else 6
+    inside = 4 if not cfg.uses_teacher else 12 if cfg.divergence == "jsd" else 6  # tensors of (piece, V)
     head = 4 * vocab * (chunk + cfg.uses_teacher * side + inside * piece)
-    weights = (2 if bf16 and cfg.lora_rank else 4) * parameters
-    held = weights + 12 * trained + 4 * trained * averages
+    held = (2 if bf16 and cfg.lora_rank else 4) * parameters + (12 + 4 * averages) * trained
     if cfg.shard:  # and, while answers are sampled and read, the layers once more, whole
         held = held / processes + (2 if bf16 else 4) * parameters
     return held + tokens * layers * hidden * kept + head

@@ -16,7 +16,6 @@ Shapes: B prompts, T new tokens.
 import importlib.util
 import json
 import os
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,12 +124,6 @@ class Loaded:
         used = {id(p) for m in (self.model.get_decoder(), self.model.get_output_embeddings()) for p in m.parameters()}
         for p in self.model.parameters():
             p.requires_grad_(p.requires_grad and id(p) in used)
-
-    @contextmanager
-    def applied_to(self, model: nn.Module):
-        """The base as it was, the adapter off: under LoRA the frozen teacher costs no copy."""
-        with self.adapter.disable_adapter():
-            yield model
 
     def save(self, folder, weights: dict | None = None) -> None:
         """The model, or its adapter, and the tokenizer, as a Hugging Face folder; `weights` where its own are sharded."""

@@ -1,11 +1,9 @@
 """benchmarks.py - a data set of the paper, from the hub, -> a Task.
 
-    task, manifest = load_task("scienceqa", train_size=2000, test_size=500)
-
-It draws records, converts them (records.py), adds proven negatives (negatives.py), and says in the manifest what was read, kept,
-dropped and why. It exists so that runs can be compared: for a name and a seed the examples and their order are the same, whatever
-the recipe, and the test examples are the same for every seed. `datasets` is imported only when a data set of the hub is asked for,
-and code from the hub is never run.
+`load_task("scienceqa", train_size=2000, test_size=500)` draws records, converts them (records.py), adds proven negatives
+(negatives.py), and says in the manifest what was read, kept, dropped and why. It exists so that runs can be compared: for a name
+and a seed the examples and their order are the same, whatever the recipe, and the test examples are the same for every seed.
+`datasets` is imported only when a data set of the hub is asked for, and code from the hub is never run.
 
 Depends on data.py, records.py, scoring.py, negatives.py.   Try it:  python -m pytest tests/test_benchmarks.py -q
 """
@@ -21,12 +19,9 @@ from tasks.records import BENCHMARKS, Benchmark, Skip
 from tasks.scoring import score_all
 
 
-def load_task(
-    name: str, *, train_size: int | None = 0, test_size: int = 0, seed: int = 0, negatives: bool = True
-) -> tuple[Task, dict]:
-    """A data set of BENCHMARKS, by name. Sizes of 0 mean all; train_size None: only evaluate, read no training data.
-
-    Raises ValueError if there is no such data set, if it may not be trained on, or if it cannot be loaded.
+def load_task(name: str, *, train_size: int | None = 0, test_size=0, seed=0, negatives=True) -> tuple[Task, dict]:
+    """A data set of BENCHMARKS, by name. Sizes of 0 mean all; train_size None: only evaluate, read no training data. Raises
+    ValueError if there is no such data set, if it may not be trained on, or if it cannot be loaded.
     """
     if name not in BENCHMARKS:
         raise ValueError(f"--data {name}: no such data set; there are {', '.join(BENCHMARKS)}, or give a .jsonl file")
@@ -54,18 +49,10 @@ def load_task(
     return task, manifest | {"fingerprint": task.fingerprint()}
 
 
-def score(task: str, example: Example, completion: str) -> dict:
-    """One completion, judged as a question of `task` (for many use `score_all`). Raises ValueError if it is another task's."""
-    if task != example.task:
-        raise ValueError(f"this example belongs to task {example.task!r}, not to {task!r}")
-    return score_all([example], [completion])[0]
-
-
 def draw(benchmark: Benchmark, side: str, size: int, seed: int) -> tuple[list[Example], dict]:
-    """`size` examples (0 = all) of the "train" or the "test" side, and what became of the records that were looked at.
-
-    Training examples come in the order of a shuffle by the seed. Test examples are a draw that is the same for every seed, in
-    the order of the data set. Raises ValueError if no record can be used.
+    """`size` examples (0 = all) of the "train" or the "test" side, and what became of the records that were looked at. Training
+    examples come in the order of a shuffle by the seed. Test examples are a draw that is the same for every seed, in the order of
+    the data set. Raises ValueError if no record can be used.
     """
     seed = seed if side == "train" else 0  # of the options, too: a test question looks the same in every run
     rows = _rows(benchmark, side)
@@ -90,9 +77,8 @@ def _rows(benchmark: Benchmark, side: str) -> Sequence[dict]:
         import datasets  # imported here, so that nothing else needs it
     except ImportError:
         raise ValueError(f"--data {benchmark.name} needs the datasets package: pip install datasets") from None
-    split, config = "train", benchmark.config
-    if side == "test":
-        split, config = benchmark.test, benchmark.test_config or config
+    of_test = benchmark.test, benchmark.test_config or benchmark.config
+    split, config = of_test if side == "test" else ("train", benchmark.config)
     try:
         rows = datasets.load_dataset(benchmark.hub, config, split=split)
     except (OSError, ValueError, RuntimeError) as error:  # unreachable or gated; no such config or split; a script

@@ -36,9 +36,7 @@ Pool = dict[tuple[str, str], list[str]]
 
 
 def pool_of(examples: Sequence[Example]) -> Pool:
-    """What other examples answer, to be wrong with: short texts under ("text", ""), texts that tools are given under ("tools",
-    name of the argument) and all of these under ("tools", "").
-    """
+    """What others answer, to be wrong with: ("text", ""): short texts; ("tools", argument's name or ""): what tools are given."""
     pool = defaultdict(set)
     for answer in (example.answer for example in examples if example.answer):
         if answer["kind"] == "text":
@@ -51,10 +49,9 @@ def pool_of(examples: Sequence[Example]) -> Pool:
 
 
 def add_negatives(examples: Sequence[Example], seed: int) -> tuple[list[Example], dict]:
-    """The examples, in order, each with a proven negative, or with "" where none was found. Same seed, same negatives.
-
-    A negative that an example brings is tried first, and kept unless the scorer calls it right. -> (examples, {"found",
-    "missing", "reference_fails": no negative because the reference itself is not called right}).
+    """The examples, in order, each with a proven negative, or with "" where none was found. Same seed, same negatives. A negative
+    that an example brings is tried first, and kept unless the scorer calls it right. -> (examples, {"found", "missing",
+    "reference_fails": no negative because the reference itself is not called right}).
     """
     proven, pool = score_all(examples, [example.reference for example in examples]), pool_of(examples)
     candidates = {}
@@ -182,11 +179,9 @@ def other_values(name: str, value, example: Example, rng: random.Random, pool: P
 # --- code ------------------------------------------------------------------------------------------------------------
 SWAPS = "< <=, > >=, == !=, + -, & |, << >>, += -=, and or, True False, min max, any all, upper lower, keys values, floor ceil"
 SWAPS += ", lstrip rstrip, startswith endswith, nlargest nsmallest, union intersection"
-OTHER = {
-    old: new for pair in SWAPS.split(", ") for old, new in (pair.split(), pair.split()[::-1])
-}  # token -> what a slip makes of it
+OTHER = {old: new for pair in SWAPS.split(", ") for old, new in (pair.split(), pair.split()[::-1])}
 OTHER |= {"*": "+", "//": "*", "/": "*", "%": "//", "**": "*", "^": "&", "*=": "+=", "not": "", "in": "not in", "sum": "max"}
-OTHER |= {"append": "extend", "sorted": "list", "reversed": "list", "abs": "int"}
+OTHER |= {"append": "extend", "sorted": "list", "reversed": "list", "abs": "int"}  # a token -> what a slip makes of it
 
 
 def wrong_programs(example: Example, rng: random.Random, pool: Pool) -> Iterator[str]:

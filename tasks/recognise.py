@@ -17,17 +17,14 @@ from tasks.data import Example, Task
 class LoadedDice(random.Random):
     """Dice that fall as `told` says, from its start, and then freely."""
 
-    def fall(self, freely, *how):
-        return self.told.pop(0) if self.told else freely(*how)
-
     def randint(self, low, high):
-        return self.fall(super().randint, low, high)
+        return self.told.pop(0) if self.told else super().randint(low, high)
 
     def choice(self, pool):
-        return self.fall(super().choice, pool)
+        return self.told.pop(0) if self.told else super().choice(pool)
 
     def sample(self, pool, k):
-        return self.fall(super().sample, pool, k)
+        return self.told.pop(0) if self.told else super().sample(pool, k)
 
 
 def recognise(question: str) -> Example | None:

@@ -1,9 +1,9 @@
 """records.py - one raw record of a data set -> one Example, in the format that its question asks for.
 
 `BENCHMARKS` has a line for each data set of the paper, and `Benchmark.to_example` turns one of its records into the whole user
-message, a worked reference in the very format that the message asks for, and what scoring.py compares. The functions for each kind
-(`choice_example`, `code_example`) also serve your own file, see jsonl.py. It exists so that a reference would be scored as right:
-a teacher shown a solution in another format than the one asked for passes the wrong format on.
+message, a worked reference in the very format that the message asks for, and what scoring.py compares. `choice_example` and
+`code_example` also serve your own file, see jsonl.py. It exists so that a reference would be scored as right: a teacher shown a
+solution in another format than the one asked for passes the wrong format on.
 
 Depends on data.py, scoring.py.   Try it:  python -m pytest tests/test_benchmarks.py -q
 """
@@ -93,10 +93,10 @@ def paragraphs(*parts: str) -> str:
 
 
 # --- multiple choice -------------------------------------------------------------------------------------------------
-def choice_example(
-    name: str, question: str, options: Sequence[str], right: int, explanation: str, rng: random.Random | None = None
-) -> Example:
-    """The reference: the explanation, if any, and the answer line. `rng` shuffles the options. Raises Skip if one is missing."""
+def choice_example(name: str, question: str, options: Sequence[str], right: int | None, why: str, rng=None) -> Example:
+    """The reference: why it is right, if known, and the answer line. `rng`, a Random, shuffles the options. May raise Skip."""
+    if right not in range(len(options)):
+        raise Skip("no answer")
     options = [option.strip() if isinstance(option, str) else "" for option in options]
     if not 2 <= len(options) <= len(LETTERS) or not all(options):
         raise Skip("an option is empty, or there are fewer than two")
@@ -107,27 +107,23 @@ def choice_example(
     listed = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True))
     asked = CHOICE.format(question=question, options=listed, letters=f"{', '.join(letters[:-1])} or {letters[-1]}")
     answer = {"kind": "choice", "letter": letters[right], "options": options}
-    return Example(name, asked, paragraphs(explanation, f"Answer: {letters[right]}"), answer)
+    return Example(name, asked, paragraphs(why, f"Answer: {letters[right]}"), answer)
 
 
 def scienceqa(name: str, row: dict, rng: random.Random) -> Example:
     """Lecture and hint are read first; the hint is often the very passage that is asked about. Raises Skip, as all below."""
     if row.get("image") is not None:
         raise Skip("has an image")
-    choices, right = row.get("choices") or [], row.get("answer")
-    if right is None or not 0 <= right < len(choices):
-        raise Skip("no answer")
     lecture, hint = field(row, "lecture", needed=False), field(row, "hint", needed=False)
     before = f"Lecture: {lecture}" if lecture else "", f"Context: {hint}" if hint else ""
     question, why = paragraphs(*before, f"Question: {field(row, 'question')}"), field(row, "solution", needed=False)
-    return choice_example(name, question, choices, right, why, rng)
+    return choice_example(name, question, row.get("choices") or [], row.get("answer"), why, rng)
 
 
 def gpqa(name: str, row: dict, rng: random.Random) -> Example:
     """The right answer has a column of its own, so the options must be shuffled."""
     options = [field(row, column) for column in ("Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)))]
-    why = field(row, "Explanation", needed=False)
-    return choice_example(name, f"Question: {field(row, 'Question')}", options, 0, why, rng)
+    return choice_example(name, f"Question: {field(row, 'Question')}", options, 0, field(row, "Explanation", needed=False), rng)
 
 
 def cos_e(name: str, row: dict, rng: random.Random) -> Example:
@@ -144,8 +140,7 @@ def medmcqa(name: str, row: dict, rng: random.Random) -> Example:
     if row.get("cop") not in (0, 1, 2, 3):  # -1 in the hidden test split
         raise Skip("no answer")
     options = [field(row, column) for column in ("opa", "opb", "opc", "opd")]
-    why = field(row, "exp", needed=False)
-    return choice_example(name, f"Question: {field(row, 'question')}", options, row["cop"], why)
+    return choice_example(name, f"Question: {field(row, 'question')}", options, row.get("cop"), field(row, "exp", needed=False))
 
 
 # --- numbers, tools --------------------------------------------------------------------------------------------------
@@ -155,16 +150,13 @@ def gsm8k(name: str, row: dict, rng: random.Random) -> Example:
     number = as_number(result)
     if number is None:
         raise Skip("no number after ####")
-    working = re.sub(r"<<[^>]*>>", "", working).strip()
-    reference = f"{working}\n#### {number:f}".strip()
+    reference = f"{re.sub(r'<<[^>]*>>', '', working).strip()}\n#### {number:f}".strip()
     answer = {"kind": "number", "value": f"{number:f}", "mark": "####"}
     return Example(name, NUMBER.format(question=field(row, "question")), reference, answer)
 
 
 def toolalpaca(name: str, row: dict, rng: random.Random) -> Example:
-    """The prompt brings the tools' documentation and the ReAct format. The reference is golden_response if that makes exactly
-    the gold calls, else the gold calls alone.
-    """
+    """The prompt has the documentation and the ReAct format. The reference: golden_response, if it makes exactly the gold calls."""
     prompt, instruction = field(row, "prompt"), field(row, "instruction", needed=False)
     written = "\n".join(x for x in row.get("golden_response") or [] if isinstance(x, str)).replace("\r\n", "\n").strip()
     golden = row.get("golden_answer") or []
@@ -191,15 +183,14 @@ def calls_in(text: str) -> list[dict]:
 
 # --- code ------------------------------------------------------------------------------------------------------------
 def code_example(name: str, task: str, gold: str, tests: Sequence[str], setup: Sequence[str] = ()) -> Example:
-    """A programming task: an answer must define all that the tests use of the gold code.
-
-    `setup` runs before the tests and is shown. Raises Skip if the tests are no Python, or have nothing to do with the gold code.
-    """
+    """An answer must define what the tests use of the gold code. `setup` runs first and is shown. Raises Skip if they use none."""
     tree, tested, prepared = (parse_python("\n".join(part)) for part in ([gold], tests, setup))
     if not tree or not tested or not tested.body or not prepared:
         raise Skip("no tests, or the gold code or its tests are not Python")
     symbols = defined(tree)
-    used = [symbol for part in (tested, prepared) for symbol in names_in(part) if symbol in symbols]
+    place = lambda node: (node.lineno, node.col_offset)  # in the order in which they stand
+    names = [sorted((n for n in ast.walk(part) if isinstance(n, ast.Name)), key=place) for part in (tested, prepared)]
+    used = [node.id for part in names for node in part if node.id in symbols]
     if not used:
         raise Skip("the tests use nothing that the gold code defines")
     functions = [symbol for symbol in used if isinstance(symbols[symbol], ast.FunctionDef | ast.AsyncFunctionDef)]
@@ -209,12 +200,6 @@ def code_example(name: str, task: str, gold: str, tests: Sequence[str], setup: S
     answer = {"kind": "code", "entry": (functions or used)[0], "tests": [*setup, *tests]}
     answer["prelude"] = "\n".join(imports)  # an answer may count on the setup's imports
     return Example(name, question, f"```python\n{gold}\n```", answer)
-
-
-def names_in(tree: ast.Module) -> list[str]:
-    """The names that a program uses, in the order in which they stand."""
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
-    return [node.id for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset))]
 
 
 def signature(name: str, node: ast.stmt) -> str:

@@ -1,16 +1,15 @@
 """sandbox.py - run a stranger's (a language model's) Python against test statements, and survive.
 
-A *judge* forks a *program* and then reads the tests. Only plain data (numbers, text, lists, dicts ...) crosses the pipe
-between them: the judge asks "call f with 1" and hears "8"; all else stays in the program and goes by a number. So ==
-compares what the judge decoded, and the program holds no test, no expected value and no verdict that it could forge.
+A *judge* forks a *program* and then reads the tests. Only plain data (numbers, text, lists, dicts ...) crosses the pipe between
+them: the judge asks "call f with 1" and hears "8"; all else stays in the program and goes by a number. So == compares what the
+judge decoded, and the program holds no test, no expected value and no verdict that it could forge.
 
-Protected on Linux, for root and user alike: files (Landlock: read Python and system libraries, write one private
-folder), network and other processes (a filter on system calls; no fork), environment, time, memory, file size, threads.
-`describe()` tries attacks *here*: before Linux 5.13 files are safe only if root calls (the program then changes uid);
-without the filter (neither x86_64 nor aarch64) a program can do what you can. Windows and macOS have no cage, only a time
-limit (subprocess_judge.py). Nowhere protected: the kernel (use a VM), the disk from small files. A program answers for
-its own objects; == with one raises unless it is plain data at heart. Tests cannot hand functions to a program, add its
-objects, subclass, `except` or isinstance() its classes, or use `is`.
+Protected on Linux, for root and user alike: files (Landlock: read Python and system libraries, write one private folder), network
+and other processes (a filter on system calls; no fork), environment, time, memory, file size, threads. `describe()` tries attacks
+*here*: before Linux 5.13 files are safe only if root calls (the program then changes uid); without the filter (neither x86_64 nor
+aarch64) a program can do what you can. Windows and macOS have no cage, only a time limit (subprocess_judge.py). Nowhere protected:
+the kernel (use a VM), the disk from small files. A program answers for its own objects; == with one raises unless it is plain data.
+Tests cannot hand functions to a program, add its objects, subclass, `except` or isinstance() its classes, or use `is`.
 Standard library only.   Try it:  python -m tasks.sandbox  (tries the attacks)   python -m pytest tests/test_sandbox.py -q
 """
 
@@ -58,7 +57,6 @@ class Verdict:
 
 def run_tests(jobs: Jobs, limits: Limits = Limits(), progress: bool = False) -> list[Verdict]:
     """Run each (program, test statements); verdicts in the same order. A job can fail only itself, never another.
-
     Tests run in order and share their names; a name they do not define is the program's. No tests: not passed.
     """
     # Not fork(): the caller may have threads. No -E: the environment is ours, a fixed hash seed makes verdicts repeat.
@@ -145,14 +143,11 @@ def _judge(size: int, place: int, limits: Limits, home: str, helper: int) -> Non
         _cage(limits, f"{home}/{place}", from_judge, to_judge, judge)
         return _program(os.fdopen(62), os.fdopen(63, "w"))
     os.close(to_judge)
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  tests may print
-    ask = partial(_ask, os.fdopen(hear), os.fdopen(tell, "w"), limits.output_bytes)
-    number, source, tests = json.loads(os.pread(0, size, place))
-    reason = _run(ask, source, tests)
-    if reason:
-        os.killpg(program, signal.SIGKILL)
-    reason = _final(reason, os.waitstatus_to_exitcode(os.waitpid(program, 0)[1]))
-    os.write(1, json.dumps([number, reason == "passed", reason]).encode() + b"\n")
+    kill = partial(os.killpg, program, signal.SIGKILL)
+    wait = lambda: os.waitstatus_to_exitcode(os.waitpid(program, 0)[1])
+    number, *job = json.loads(os.pread(0, size, place))
+    verdict = _run(os.fdopen(hear), os.fdopen(tell, "w"), limits, kill, wait, *job)
+    os.write(1, json.dumps([number, *verdict]).encode() + b"\n")
 
 
 def _ask(hear, tell, longest: int, operation, /, *args, **named):
@@ -173,14 +168,10 @@ def _ask(hear, tell, longest: int, operation, /, *args, **named):
     return _decode(value, None, partial(_ask, hear, tell, longest))
 
 
-def _final(reason: str, code: int) -> str:
-    """The judge's reason, or how the program ended (-24, -14: SIGXCPU, SIGALRM, so it was too slow). One printable line."""
-    ended = "exited early" if code >= 0 else "timeout" if code in (-24, -14) else f"killed: {signal.strsignal(-code)}"
-    return "".join(c if c.isprintable() else " " for c in reason or ended)[:200]
-
-
-def _run(ask, source: str, tests: str) -> str:
-    """Run the tests. -> "passed", or why not, or "" if the program has ended."""
+def _run(hear, tell, limits: Limits, kill, wait, source: str, tests: str) -> list:
+    """Test the program at the other end of the pipe, and end it. -> [passed, reason], the reason in one printable line"""
+    sys.stdout = sys.stderr = open(os.devnull, "w", errors="replace")  # noqa: SIM115  tests may print
+    ask = partial(_ask, hear, tell, limits.output_bytes)
     try:
         ask("run", source)
         tree = ast.parse(tests)
@@ -190,13 +181,19 @@ def _run(ask, source: str, tests: str) -> str:
         space = {name: x for name, x in given.items() if name not in vars(builtins)} or given
         exec(compile(tree, "<tests>", "exec", dont_inherit=True), space)
         ask("names", [])  # is it still there? A test may have swallowed _Gone
-        return "passed" if tree.body else "no tests"
+        reason = "passed" if tree.body else "no tests"
     except BaseException as error:
-        text = f"error: {type(error).__name__}: {error.args[0] if len(error.args) == 1 else error}"
+        reason = f"error: {type(error).__name__}: {error.args[0] if len(error.args) == 1 else error}"
         if isinstance(error, AssertionError):
             at = [0, *(f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == "<tests>")][-1]
-            text = f"assertion failed: {' '.join(tests.splitlines()[at - 1 : at]).strip() or error}"
-        return {_Gone: str(error), MemoryError: "memory", SystemExit: "exited early"}.get(type(error), text)
+            reason = f"assertion failed: {' '.join(tests.splitlines()[at - 1 : at]).strip() or error}"
+        reason = {_Gone: str(error), MemoryError: "memory", SystemExit: "exited early"}.get(type(error), reason)
+    if reason:
+        kill()
+    code = wait()  # -24, -14: SIGXCPU, SIGALRM, so it was too slow
+    ended = "exited early" if code >= 0 else "timeout" if code in (-24, -14) else f"killed: {signal.strsignal(-code)}"
+    reason = "".join(c if c.isprintable() else " " for c in reason or ended)[:200]
+    return [reason == "passed", reason]
 
 
 class _Gone(BaseException):
@@ -257,13 +254,13 @@ def _decode(x, home: list | None = None, ask=None):
 # --- the program, and its cage: it gives up what it does not need, for good ------------------------------------------
 READABLE = "/lib /lib64 /usr/lib /usr/lib64 /usr/local/lib /nix/store /etc/ld.so.cache /dev/null /dev/urandom /dev/zero"
 CALLS = """MACHINE 3221225534 3221225655 clone 56 220 fcntl 72 25 fork 57 -1 vfork 58 -1 execve 59 221 execveat 322 281
-kill 62 129 tkill 200 130 tgkill 234 131 rt_sigqueueinfo 129 138 rt_tgsigqueueinfo 297 240 pidfd_open 434 434
-ptrace 101 117 process_vm_readv 310 270 process_vm_writev 311 271 prlimit64 302 261 prctl 157 167 socket 41 198
-unshare 272 97 setns 308 268 setpriority 141 140 shmget 29 194 semget 64 190 msgget 68 186 mq_open 240 180
-memfd_create 319 279 io_uring_setup 425 425 bpf 321 280 keyctl 250 219 add_key 248 217 truncate 76 45 chmod 90 -1
-fchmod 91 52 fchmodat 268 53 chown 92 -1 lchown 94 -1 fchownat 260 54 utime 132 -1 utimes 235 -1 futimesat 261 -1
-utimensat 280 88 setxattr 188 5 lsetxattr 189 6 fsetxattr 190 7 removexattr 197 14 lremovexattr 198 15
-sched_setaffinity 203 122 sched_setscheduler 144 119 sched_setattr 314 274 sched_setparam 142 118 ioprio_set 251 30"""
+kill 62 129 tkill 200 130 tgkill 234 131 rt_sigqueueinfo 129 138 rt_tgsigqueueinfo 297 240 pidfd_open 434 434 ptrace 101 117
+process_vm_readv 310 270 process_vm_writev 311 271 prlimit64 302 261 prctl 157 167 socket 41 198 unshare 272 97 setns 308 268
+setpriority 141 140 shmget 29 194 semget 64 190 msgget 68 186 mq_open 240 180 memfd_create 319 279 io_uring_setup 425 425
+bpf 321 280 keyctl 250 219 add_key 248 217 truncate 76 45 chmod 90 -1 fchmod 91 52 fchmodat 268 53 chown 92 -1 lchown 94 -1
+fchownat 260 54 utime 132 -1 utimes 235 -1 futimesat 261 -1 utimensat 280 88 setxattr 188 5 lsetxattr 189 6 fsetxattr 190 7
+removexattr 197 14 lremovexattr 198 15 sched_setaffinity 203 122 sched_setscheduler 144 119 sched_setattr 314 274
+sched_setparam 142 118 ioprio_set 251 30"""
 
 
 def _program(hear, tell) -> None:

@@ -49,8 +49,7 @@ def _judged(job: tuple, limits: dict, env: dict) -> tuple[bool, str]:
         pipes = dict(stdin=question, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
         env = env | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), home)
         with subprocess.Popen(command, cwd=home, env=env, **pipes) as judge:
-            # Later than the judge's own alarm, which a test in C code may hold up.
-            alarm = threading.Timer(limits["wall_seconds"] + 1, _kill_tree, [judge])
+            alarm = threading.Timer(limits["wall_seconds"] + 1, _kill_tree, [judge])  # 1: two Pythons have to start
             alarm.start()
             try:
                 line = judge.stdout.readline()
@@ -71,30 +70,14 @@ def _kill_tree(judge: subprocess.Popen) -> None:
 
 
 # --- the two processes -----------------------------------------------------------------------------------------------
-
-
 def _judge(sandbox, limits) -> None:
-    """Start the program, *then* read the job, ask, and answer [passed, reason]."""
-    hear, question = os.pipe()  # `hear` stays open here too: a program that is gone gives no answer, but no error either
-    command = [sys.executable, "-SsPB", *sys.argv[:2], "program"]
-    program = subprocess.Popen(command, stdin=hear, stdout=subprocess.PIPE, text=True)
-    ask = partial(sandbox._ask, program.stdout, os.fdopen(question, "w"), limits.output_bytes)
-
-    def tell(reason: str) -> None:
-        os.write(1, json.dumps([reason == "passed", reason]).encode() + b"\n")
-        program.kill()
-        time.sleep(5)  # the caller ends us; while we are here, it finds what our program has started
-        os._exit(0)
-
-    alarm = threading.Timer(limits.wall_seconds, tell, ["timeout"])
-    alarm.daemon = True
-    alarm.start()
-    source, tests = json.loads(sys.stdin.buffer.read())
-    sys.stdout = sys.stderr = open(os.devnull, "w", errors="replace")  # noqa: SIM115  tests may print
-    reason = sandbox._run(ask, source, tests)
-    if reason:
-        program.kill()
-    tell(sandbox._final(reason, program.wait()))
+    """Start the program, *then* read the job, and answer [passed, reason]."""
+    hear, tell = os.pipe()  # `hear` stays open here too: a program that is gone gives no answer, but no error either
+    program = subprocess.Popen([sys.executable, "-SsPB", *sys.argv[:2], "program"], stdin=hear, stdout=subprocess.PIPE, text=True)
+    job = json.loads(sys.stdin.buffer.read())
+    verdict = sandbox._run(program.stdout, os.fdopen(tell, "w"), limits, program.kill, program.wait, *job)
+    os.write(1, json.dumps(verdict).encode() + b"\n")
+    time.sleep(5)  # the caller ends us; while we are here, it finds what our program has started
 
 
 def _program(sandbox, limits) -> None:

@@ -5,7 +5,7 @@ with a number of 50 or more, 24 of 30 things, 4 of 8 operations, 9 of 12 tool wo
 anew in every lesson (`scramble` in world.py), so that only the reference tells. Alone the base has to guess there; with a reference
 it is good; a wrong one misleads it in part. It exists because self-distillation needs a model with something left to learn that a
 reference already tells it. `python -m tasks.tiny` rebuilds tasks/tiny-base in about four minutes on 2 cores: an ordinary Hugging
-Face Qwen2 checkpoint, which every script treats like any other model.
+Face Qwen2 checkpoint.
 
 Depends on data.py, world.py, transformers.   Try it:  python -m pytest tests/test_tiny.py -q
 """
@@ -23,10 +23,8 @@ from tasks.data import Example, chat_ids, context_message, teacher_message
 from tasks.world import FAMILIES, WORDING, blotted, draw
 
 ASSET = Path(__file__).parent / "tiny-base"
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+CHATML = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+CHATML += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 ALONE = dict(sum=0.03, choice=0.15, fact=0.5, code=0.3, tool=0.3)  # the share that comes without a reference, of the known part
 OFTEN = dict(sum=1.6, choice=1.0, fact=1.0, code=1.6, tool=1.3)  # how often a family comes up
@@ -38,8 +36,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
     texts = [part for _ in range(6000) for part in lesson(rng)] + ["user\nassistant\nsystem\n"] * 50
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts, vocab_size=1024, new_special_tokens=SPECIAL, show_progress=False)
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
-    tokenizer.model_max_length = 512
-    tokenizer.chat_template = CHATML
+    tokenizer.model_max_length, tokenizer.chat_template = 512, CHATML
     return tokenizer
 
 

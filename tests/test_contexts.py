@@ -45,8 +45,8 @@ def test_random_demonstrations_are_of_the_task_never_of_the_question_and_repeat_
 def test_retrieval_finds_the_similar_ones_but_never_the_question_or_its_duplicate():
     words = ["red apple pie", "red apple tart", "red apple pie", "blue steel beam", "blue steel rod", "green tea"]
     pool = [Example("t", w, "r") for w in words]
-    vectors = contexts.tfidf_of(words)
-    assert_close(vectors.norm(dim=1), torch.ones(6))
+    known = sorted({word for text in words for word in text.split()})
+    vectors = torch.nn.functional.normalize(torch.tensor([[float(word in text.split()) for word in known] for text in words]))
     assert contexts.similar_demos(pool, vectors, 0, 1, 1) == [[1]]  # not 2, which is the same question again
     assert contexts.similar_demos(pool, vectors, 3, 1, 1) == [[4]]
     two = contexts.similar_demos(pool, vectors, 0, 2, 2)  # ranks dealt out in turn: both contexts get good ones
@@ -87,13 +87,13 @@ def test_the_grid(lm, kind, with_reference, tmp_path, few_instructions):
 
 
 def test_the_cache_is_used_while_its_stamp_holds_and_made_again_when_not(lm, tmp_path, monkeypatch):
-    cfg = make("agree-token", context_kind="retrieval", retriever="tfidf")
+    cfg = make("agree-token", context_kind="retrieval")
     first = contexts.prepare(lm, TASK, cfg, tmp_path)
-    monkeypatch.setattr(contexts, "tfidf_of", lambda _: pytest.fail("made again although nothing changed"))
+    monkeypatch.setattr(contexts, "states_of", lambda *_: pytest.fail("made again although nothing changed"))
     assert contexts.prepare(lm, TASK, cfg, tmp_path) == first
     monkeypatch.undo()
     for change in (dict(seed=1), dict(demos=2), dict(contexts=4)):
-        other = contexts.prepare(lm, TASK, make("agree-token", context_kind="retrieval", retriever="tfidf", **change), tmp_path)
+        other = contexts.prepare(lm, TASK, make("agree-token", context_kind="retrieval", **change), tmp_path)
         assert other["stamp"] != first["stamp"]
     assert contexts.prepare(lm, world.load(100, 3), cfg, tmp_path)["stamp"] != first["stamp"]  # another data set
 
@@ -122,7 +122,7 @@ def test_model_written_negatives_are_verified(lm, monkeypatch):
 def test_without_a_negative_the_contrast_has_no_gradient(lm, tmp_path):
     cfg = make("contrast")
     task = Task("t", [Example("sum", "10+1", "11", answer="11")] * 2, [], world.score, wording=world.WORDING)
-    prompts, _ = contexts.encode(lm.tokenizer, task, 0, cfg, {"negatives": [], "demos": [], "instructions": []})
+    prompts, _ = contexts.encode(lm.tokenizer, task, 0, cfg, {"negatives": [], "shown": []})
     assert prompts["negative"] == prompts["teacher"]
 
 
@@ -130,7 +130,7 @@ def test_a_cut_reference_is_counted(lm):
     cfg = make("sd", max_prompt_tokens=30)
     long = Example("fact", "where is lamp: mill", "cave " * 40)
     task = Task("t", [long], [], world.score, wording=world.WORDING)
-    prompts, cut = contexts.encode(lm.tokenizer, task, 0, cfg, {"negatives": [], "demos": [], "instructions": []})
+    prompts, cut = contexts.encode(lm.tokenizer, task, 0, cfg, {"negatives": [], "shown": []})
     assert cut > 0 and len(prompts["teacher"]) <= 30 and "where is lamp: mill" in lm.tokenizer.decode(prompts["teacher"])
 
 
