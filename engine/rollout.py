@@ -294,7 +294,8 @@ def from_package(source: str, dtype: torch.dtype) -> tuple | None:
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=dtype)
     except ImportError as error:
         raise ValueError(f"{source} lies in the package {package}, and {REAL} brings what reads it") from error
-    del model.config.quantization_config  # it is dequantized already; saved with this, it could not be read again
+    del model.config.quantization_config  # it is dequantized already: with these two it could not be saved, or not read again
+    model.hf_quantizer = None
     model.config.name_or_path = source
     print(f"{source}: from the package {package} ({file}), since the hub has not answered")
     return tokenizer, model

@@ -66,7 +66,7 @@ def run(cell: Cell, out: Path, extra: list[str]) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     resume = ["--resume"] if (folder / "settings.json").exists() else []
     fixed = ["--seed", str(cell.seed), "--out", str(folder), "--sample-every", "0", "--teacher-every", "60"]
-    command = [sys.executable, "train.py", *ROWS[cell.row], *fixed, *SETTINGS[cell.setting], *extra, *resume]
+    command = [sys.executable, "train.py", *fixed, *SETTINGS[cell.setting], *ROWS[cell.row], *extra, *resume]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     (folder / "failed.txt").unlink(missing_ok=True)
     if done.returncode in (0, 130):  # 130: stopped by hand

@@ -88,7 +88,7 @@ def test_gpqa_cos_e_and_medmcqa():
 def test_gsm8k_without_its_calculator_notes():
     e = convert("gsm8k", 0)
     assert e.reference == "She bakes 12*4=48 rolls.\nThey bring 48*3=$144.\n#### 144"
-    assert e.answer == {"kind": "number", "value": "144", "mark": "####"} and "#### <number>" in e.question
+    assert e.answer == {"kind": "number", "value": "144", "mark": "####"} and e.question.endswith("\n#### ...")
     assert convert("gsm8k", 1).answer["value"] == "1200"
 
 

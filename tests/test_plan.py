@@ -1,5 +1,8 @@
 """The plan: passes as they really happen, and no download."""
 
+import json
+import re
+
 import pytest
 import torch
 from conftest import Unwatched
@@ -9,6 +12,7 @@ import train
 from engine import plan
 from engine.config import RECIPES, make
 from experiments import bench
+from tasks import jsonl
 
 WITH_A_BUDGET = {f"a quarter by {u}": dict(agreement_budget=0.25, uncertainty=u) for u in ("entropy", "divergence")}
 
@@ -100,5 +104,20 @@ def test_durations_are_written_as_one_would_say_them():
 def test_what_does_not_sample_is_not_billed_for_it(monkeypatch):
     monkeypatch.setattr(plan, "flops_per_second", lambda *_: 1e9)
     monkeypatch.setattr(plan, "SAMPLING", 1e-9)  # a sampled token costs centuries
-    time = lambda recipe: plan.describe(make(recipe)).splitlines()[-1].split("roughly ")[1]
+    time = lambda recipe: plan.describe(make(recipe)).splitlines()[-2].split("roughly ")[1]
     assert " s a step" in time("sft") and " h a step" in time("sd")
+
+
+def test_the_plan_says_what_its_estimate_assumes(tmp_path, monkeypatch):
+    """A file's own prompts are short: 40 tokens of template, and one token for four letters of question and reference."""
+    monkeypatch.setattr(plan, "flops_per_second", lambda *_: 1e12)
+    lines = [json.dumps({"question": "q" * 60 + str(i), "reference": "r" * 40, "answer": "yes"}) for i in range(10)]
+    (tmp_path / "my.jsonl").write_text("\n".join(lines))
+    settings = dict(model="Qwen2.5-0.5B", data=str(tmp_path / "my.jsonl"))
+    say = lambda **more: plan.describe(make("sd", **settings, **more)).splitlines()[-1]
+    prompt = int(re.search(r"prompts of (\d+) tokens", say())[1])
+    (question,) = {e.question.count("q") for e in jsonl.load_jsonl(tmp_path / "my.jsonl")[0].train if "q" * 60 in e.question}
+    assert question >= 60 and 40 + 100 / 4 <= prompt <= 40 + 100 / 4 + 45  # the format's own words come on top
+    assert "answers of 256, a quarter of --max-new-tokens 1024" in say()
+    assert "answers of 8, a quarter of --max-new-tokens 32" in say(max_new_tokens=32)
+    assert "prompts of 300 tokens" in plan.describe(make("sd", model="Qwen2.5-0.5B")).splitlines()[-1]
