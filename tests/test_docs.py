@@ -4,6 +4,8 @@ After an edit of the code, `python tests/test_docs.py` puts right the line numbe
 in docs/reading.md and the length of the core in README.md.
 """
 
+import ast
+import json
 import os
 import re
 import shlex
@@ -334,17 +336,20 @@ def test_what_the_picture_says_is_what_the_model_says(lm):
         assert f"({word})" in below or name in ("student", "contexts")  # the reference that it has
 
 
-def test_what_break_it_breaks_is_in_the_table():
-    """Every run of the script is a row, and every setting of it is a flag there."""
-    from experiments.break_it import RUNS
-
+def test_what_notebook_8_breaks_is_in_the_table_and_what_it_draws_on_the_page():
+    """Every run of the notebook is a row of docs/troubleshooting.md, every setting of it a flag there, every figure shown."""
+    notebook = json.loads((ROOT / "notebooks/08_when_it_goes_wrong.ipynb").read_text())
+    source = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
+    runs = ast.literal_eval(re.search(r"^RUNS = (\{.*?^\})", source, re.MULTILINE | re.DOTALL)[1])
     table = PAGES["troubleshooting.md"].split("\n## ")[0]
-    assert len(re.findall(r"^\|", table, re.MULTILINE)) - 2 == len(RUNS)
-    for name, (recipe, overrides) in RUNS.items():
+    assert len(re.findall(r"^\|", table, re.MULTILINE)) - 2 == len(runs)
+    for name, (recipe, overrides) in runs.items():
         assert recipe == "sd" or f"--recipe {recipe}" in table, name
         for key, value in overrides.items():
             flag = f"--{key.replace('_', '-')} {value if isinstance(value, str) else f'{value:g}'}"
             assert re.search(re.escape(flag) + r"[ `,]", table), f"{name}: {flag}"
+    shown = re.findall(r"\(figures/(\w+)\.png\)", PAGES["troubleshooting.md"])
+    assert shown == re.findall(r'^picture\("(\w+)"\)', source, re.MULTILINE)
 
 
 if __name__ == "__main__":
