@@ -67,10 +67,11 @@ class Explained:
 
 @torch.no_grad()
 def explain(lm: Loaded, example: Example, answer: str | list[int] | None = None, *, task=None, cfg=None, base=None) -> Explained:
-    """One answer, read as a training step would read it. answer: a text, its token ids, or None for the model's greedy one. task: a
-    Task, for the wording of the prompts and the examples that contexts show (None: no contexts). cfg: a Config, for the loss (None:
-    plain self-distillation, and the contrast where there is a wrong reference). base: the Loaded that teaches (None: the student
-    itself). Raises ValueError if something does not fit the model, or for contexts without solved examples.
+    """One answer, read as a training step would read it. answer: a text, its token ids, or None for the model's greedy one.
+
+    task: a Task, with the wording of prompts and the examples that contexts show (None: no contexts). cfg: a Config, for the loss
+    (None: plain self-distillation, and the contrast where there is a wrong reference). base: the Loaded that teaches (None: the
+    student itself). Raises ValueError if something does not fit the model, or for contexts without solved examples.
     """
     words = world.WORDING if speaks_world(lm.name) else Wording()
     base, task = base or lm, task or Task("", [], [], lambda examples, texts: [], wording=words)

@@ -180,9 +180,9 @@ def restore(run) -> None:
             if device.type == "cuda" and rng["cuda"] is not None:
                 torch.cuda.set_rng_state(rng["cuda"], device)
     log, new = out / "log.jsonl", out / "log.jsonl.new"
-    if run.ranks.rank == 0 and log.exists():  # a last line that was cut by a kill has no end
-        rows = [row for row in log.read_text().splitlines(keepends=True) if row.endswith("\n")]
-        new.write_text("".join(row for row in rows if json.loads(row)["step"] <= run.step))
+    if run.ranks.rank == 0 and log.exists():
+        rows = re.finditer(r'^\{"step": (\d+).*\}$', log.read_text(), re.MULTILINE)  # a kill may have cut the last
+        new.write_text("".join(row[0] + "\n" for row in rows if int(row[1]) <= run.step))
         os.replace(new, log)
     run.ranks.wait()
 

@@ -10,8 +10,7 @@ result is that of one process with the same batch, up to the order of additions:
 
 --shard (FSDP2) also divides the decoder's weights, gradients, optimizer state and EMA. The embedding table and the head stay whole:
 the loss applies the head itself, outside of `forward`. While answers are sampled and read, ranks do different numbers of passes, so
-the layers are gathered for that long (`whole_layers`). Alone is the same interface for one process: the identity, which costs
-nothing.
+the layers are gathered for that long (`whole_layers`). Alone is the same for one process: the identity.
 
 Depends on torch only.   Try it:  python -m pytest tests/test_parallel.py -q
 """

@@ -1,6 +1,6 @@
 """plan.py - what a run will do and cost, before anything is downloaded:  python train.py --model Qwen2.5-7B --dry-run
 
-Steps, passes per step by mechanism, EMA updates, and an estimate of memory and time. Of N trained and P present parameters, bytes:
+Steps, passes by mechanism, EMA updates, and an estimate of memory and time. Of N trained and P present parameters, in fp32 bytes:
 
     memory   4 P weights + 4 N gradients + 8 N Adam + 4 N per average (EMA teacher, frozen copy)
              + activations of one micro-batch + the head's: 4 V (chunk + side + 6 piece; JSD 12), see head.py
