@@ -2,9 +2,13 @@
 vocabulary in use, as Qwen2.5's is), the steps of a run without its measurements, and one whole run of 20 steps.
 """
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import sys
+import warnings
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,6 +25,7 @@ from engine import checkpoint, watch
 from engine.config import make, parse
 from engine.rollout import load
 
+ROOT = Path(__file__).parents[1]
 VOCAB, ROWS = 37, 48  # tokens in use, rows in the embedding table
 
 
@@ -94,6 +99,37 @@ def rows_of(folder):
     """log.jsonl without the seconds, which are never the same."""
     rows = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith("s_")} for row in rows]
+
+
+SILENT = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)  # as in a Python without -W
+
+
+def in_process(folder, script, *flags):
+    """`python script flags`, called in that folder, without a new process, which would import torch again.
+
+    -> its exit code, what it printed, what it said on stderr (warnings included)
+    """
+    out, err, code, dtype = io.StringIO(), io.StringIO(), 0, torch.get_default_dtype()
+
+    def tell(message, category, file, line, *_):
+        err.write(warnings.formatwarning(message, category, file, line))
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [script, *flags])
+        patch.setattr(warnings, "formatwarning", warnings.formatwarning)  # the commands set their own, and we want ours back
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            for category in SILENT:
+                warnings.simplefilter("ignore", category)
+            warnings.showwarning = tell
+            try:
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            except SystemExit as stop:
+                code = stop.code or 0
+            finally:
+                torch.set_default_dtype(dtype)  # the example of losses.py computes in float64
+    return code, out.getvalue(), err.getvalue()
 
 
 TWENTY = (

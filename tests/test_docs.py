@@ -22,6 +22,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from conftest import in_process
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it has no conftest.py
@@ -184,18 +185,19 @@ def same(got, shown):
 
 @pytest.mark.parametrize(("command", "output"), SHOWN, ids=range(1, len(SHOWN) + 1))
 def test_a_command_prints_what_is_shown(command, output, monkeypatch):
-    """Python is run in this process: importing torch a dozen times would be most of the time."""
+    """In this process: importing torch a dozen times would be most of the time."""
     assert "\n" not in command
     program, *rest = shlex.split(command)
+    assert program == "python"
     if rest[0] == "-c":
-        assert program == "python" and len(rest) == 2
+        assert len(rest) == 2
         monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
         with redirect_stdout(StringIO()) as said:
             exec(rest[1], {"__name__": "__main__"})
         same(said.getvalue().strip(), output)
     else:
-        done = subprocess.run([sys.executable, *rest], cwd=ROOT, env=ENV, capture_output=True, text=True, check=False)
-        same((done.stdout + done.stderr).strip(), output)
+        _, out, err = in_process(ROOT, *rest)
+        same((out + err).strip(), output)
 
 
 def test_every_difference_has_its_command_and_its_test():

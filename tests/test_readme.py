@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from conftest import in_process
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.config import Config
@@ -32,7 +33,7 @@ FEWER = {  # script or module -> flags that make it quick
     "experiments.study": "--recipes sd --seeds 1 --train --steps 1 --batch 2 --eval-size 1 --train-size 50 --teacher-every 0",
 }
 INSTALL = "pip install -r requirements.txt && "
-QUICK = ("python unisd.py",)  # and all that name runs/mine; every process takes seconds to import torch
+QUICK = ("python unisd.py",)  # and all that name runs/mine
 
 
 def commands(text):
@@ -46,22 +47,32 @@ OURS = commands(README)
 OTHERS = [c for text in (*(DOCS[page] for page in HOWTO), (ROOT / "tasks/README.md").read_text()) for c in commands(text)]
 
 
-def run(command, folder):
-    start, words = [sys.executable], command.split()[1:]
+def split(command):
+    """-> what comes between `python` and the script: torchrun's words, or none; the script, or -m and a module; its flags."""
+    words, start = command.split()[1:], []
     if command.startswith("torchrun"):
-        start += ["-m", "torch.distributed.run", "--standalone", *words[:2]]
-        words = words[2:]
-    if words[0] == "-m":
-        name, *flags = words[1:]
-        start += ["-m", name]
-    else:
-        name, *flags = words
-        start.append(str(ROOT / name))
-    more = FEWER[name].split() if not {"--resume", "--help", "--dry-run"} & set(flags) else []
+        start, words = ["-m", "torch.distributed.run", "--standalone", *words[:2]], words[2:]
+    n = 2 if words[0] == "-m" else 1
+    flags = [flag.strip('"') for flag in words[n:]]
+    more = FEWER[words[n - 1]].split() if not {"--resume", "--help", "--dry-run"} & set(flags) else []
+    return start, words[:n], flags + more
+
+
+def run(command, folder):
+    start, what, flags = split(command)
+    what = what if len(what) == 2 else [str(ROOT / what[0])]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    flags = [flag.strip('"') for flag in flags]
-    done = subprocess.run([*start, *flags, *more], cwd=folder, env=env, capture_output=True, text=True, check=False)
+    argv = [sys.executable, *start, *what, *flags]
+    done = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def run_here(command, folder):
+    """The same without a new process, which takes seconds to import torch and transformers."""
+    start, what, flags = split(command)
+    assert not start and len(what) == 1
+    code, out, err = in_process(folder, *what, *flags)
+    assert code == 0, f"{command}\n{out[-2000:]}\n{err[-2000:]}"
 
 
 def run_all(chosen, folder):
@@ -77,10 +88,14 @@ def is_quick(command):
     return command in QUICK or "runs/mine" in command
 
 
-def test_the_readmes_quick_commands_run_in_the_order_in_which_they_stand(tmp_path):
+@pytest.mark.parametrize("others", [run_here, pytest.param(run, marks=pytest.mark.slow)])
+def test_the_readmes_quick_commands_run_in_the_order_in_which_they_stand(others, tmp_path):
+    """The first by a Python of its own, the others by this one; in the slow tests each by its own."""
     quick = [c for c in OURS if is_quick(c)]
     assert set(QUICK) < set(quick) and len(quick) >= 4
-    run_all(quick, tmp_path)
+    for number, command in enumerate(quick):
+        (others if number else run)(command, tmp_path)
+    assert (tmp_path / "runs/mine/summary.json").exists()
 
 
 @pytest.mark.slow
