@@ -20,6 +20,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -106,10 +107,14 @@ def answers(lm: Loaded, prompts: list[list[int]], limit: int, cache: Path | None
         return (ids, mask) if few else (lm.ranks.gather(ids), lm.ranks.gather(mask))
     key = hashlib.sha256(repr((fingerprint(lm), prompts, limit, 0.0, lm.eos, lm.vocab, lm.dtype)).encode()).hexdigest()[:24]
     file = cache / f"{key}.pt"
-    if not file.exists():
+    if file.exists():
+        return torch.load(file, map_location=lm.device, weights_only=True)
+    found = answers(lm, prompts, limit)
+    with suppress(OSError, RuntimeError):  # torch's own for a full disk: what is not kept is written again, no more than that
         cache.mkdir(parents=True, exist_ok=True)
-        torch.save(tuple(x.cpu() for x in answers(lm, prompts, limit)), file)
-    return torch.load(file, map_location=lm.device, weights_only=True)
+        torch.save(tuple(x.cpu() for x in found), file.with_suffix(".new"))
+        file.with_suffix(".new").replace(file)
+    return found
 
 
 def fingerprint(lm: Loaded) -> str:
@@ -216,7 +221,7 @@ def token_jsd(a: Loaded, b: Loaded, prompts: list[list[int]], ids: Tensor, mask:
         for s in chunks(len(both[0][0]), CHUNK):
             logps = [head.logps(head.logits(states[s]), 1.0) for head, (_, states) in zip(heads, both, strict=True)]
             total += losses.jsd(*logps, alpha=0.5).sum().item()
-    return total / mask.sum().item()
+    return max(0.0, total / mask.sum().item())  # rounding may leave a model -1e-8 from itself
 
 
 def table(columns: dict[str, dict]) -> str:

@@ -118,3 +118,19 @@ def test_answers_are_cached_for_these_weights_and_settings_only(tmp_path, monkey
         lm.model.model.norm.weight[0] += 1e-3  # the next checkpoint of the same run
     metrics.answers(lm, prompts, 20, tmp_path)
     assert len(calls) == 3
+
+
+def test_answers_that_cannot_be_kept_are_answers_all_the_same(tmp_path, monkeypatch, tiny):
+    prompts = [chat_ids(tiny.tokenizer, text) for text in ("12+34", "where is toad: mill, cave, port, barn")]
+    found = metrics.answers(tiny, prompts, 12, tmp_path / "kept")
+    (file,) = (tmp_path / "kept").iterdir()
+    assert all((a == b).all() for a, b in zip(metrics.answers(tiny, prompts, 12, tmp_path / "kept"), found, strict=True))
+
+    def half(x, path):
+        path.write_bytes(file.read_bytes()[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metrics.torch, "save", half)
+    again = metrics.answers(tiny, prompts, 12, tmp_path / "full")
+    assert all((a == b).all() for a, b in zip(again, found, strict=True))
+    assert not list((tmp_path / "full").glob("*.pt"))  # half a file is never taken for answers
