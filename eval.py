@@ -57,6 +57,7 @@ def evaluate(model: Loaded, base: Loaded | None, task: Task, limit: int, cache: 
         task.test, task.ood = (metrics.that_fit(lm, side, limit) for side in (task.test, task.ood))
     if not task.test:
         raise ValueError(f"--task {task.name}: no question fits beside an answer of {limit} tokens; lower --max-new-tokens")
+    print(f"{task.name}: {len(task.test)} questions, in answers of up to {limit} tokens", file=sys.stderr)
     warn_of_foreign_words(model, task)
     report = {"task": task.name, "n": len(task.test), "model": one_model(model, task, limit, cache)}
     if base:

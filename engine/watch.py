@@ -97,7 +97,7 @@ def sample(step: int, example: Example, answer: str, correct: bool | None, width
     """A training question, the student's own answer and the reference, a line each and cut to the terminal; green or red."""
     name, code = {True: ("right", "32"), False: ("wrong", "31"), None: ("not scored", "0")}[correct]
     rows = [(f"step {step}", example.question), (name, answer), ("reference", example.reference)]
-    lines = [fitted(f"  {title:<10} {' '.join(visible(text).split())}", width - 1).rstrip() for title, text in rows]
+    lines = [fitted(f"  {title:<10} {visible(' '.join(text.split()))}", width - 1).rstrip() for title, text in rows]
     if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
         lines[1] = f"\033[{code}m{lines[1]}\033[0m"
     return "\n".join(lines)

@@ -74,3 +74,16 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(command, "run", stop)
     assert command.main(["--model", "tiny"]) == 130
     assert capsys.readouterr().err.startswith("eval.py: stopped")
+
+
+def test_every_answer_can_be_read(tmp_path):
+    """answers.jsonl: a line per question of both sides; what is right by it is what the table counted."""
+    assert command.main(["--model", "tiny", "--base", "tiny", "--size", "2", "--out", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    (report,) = json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))
+    inside, outside = [r for r in rows if "model_with_reference" in r], [r for r in rows if "model_with_reference" not in r]
+    assert len(inside) == 10 and len(outside) == 4 and "texts" not in report["model"]["alone"]
+    for name, part in (("model", "alone"), ("base", "alone"), ("model_with_reference", "with_reference")):
+        assert [r[f"{name}_correct"] for r in inside] == report["model"][part]["correct"]
+    assert [r["model_correct"] for r in outside] == report["model"]["ood"]["correct"]
+    assert all(r["model"] == r["base"] and r["question"] and r["reference"] for r in rows)

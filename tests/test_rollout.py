@@ -1,5 +1,6 @@
 """Where an answer ends, and that how it was sampled cannot change what is read."""
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -214,3 +215,25 @@ def test_matmuls_run_in_the_chosen_precision_on_fp32_weights(tiny, dtype):
     assert ("not measured" in rollout.choose_device("cpu", dtype)[2]) == (dtype == "fp16")
     ids, mask = generate(lm, [chat_ids(lm.tokenizer, "47+38")], 30, 0.0)
     assert decode(lm, ids, mask)[0].split() and next(lm.model.parameters()).dtype == torch.float32
+
+
+def test_long_generations_show_their_progress(tiny, monkeypatch):
+    """Nothing in the first ten seconds; then a bar that counts tokens, over all batches, and is full at the end."""
+    bars = []
+
+    class Bar(rollout.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs | {"file": io.StringIO()})
+            self.settings, self.counts = kwargs, []
+            bars.append(self)
+
+        def update(self, n=1):
+            self.counts.append(n)
+            return super().update(n)
+
+    monkeypatch.setattr(rollout, "tqdm", Bar)
+    prompts = [chat_ids(tiny.tokenizer, text) for text in ("12+34", "45+16", "where is toad: mill, cave, port, barn")]
+    generate(replace(tiny, sample_batch=2), prompts, 30, temperature=0.0)
+    (bar,) = bars
+    assert bar.settings["delay"] == 10 and "up to 30 tokens" in bar.settings["desc"] and bar.total == 60 == sum(bar.counts)
+    assert bar.counts.count(1) > 15  # it moves with every token, not with every batch

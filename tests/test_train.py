@@ -20,6 +20,7 @@ from engine.config import RECIPES, Config, make, parse
 from engine.parallel import ALONE
 from engine.rollout import TINY
 from tasks import world
+from tasks.data import Example
 
 FAST = dict(steps=3, batch=6, micro_batch=3, eval_size=1, train_size=40, max_new_tokens=24)
 FAST |= dict(teacher_every=2, sample_every=2, save_every=2)
@@ -427,3 +428,14 @@ def test_help_shows_every_setting_with_its_default(capsys):
     for f in config.fields(Config):
         assert "--" + f.name.replace("_", "-") in text, f.name
     assert text.count("(default:") >= len(config.fields(Config))
+
+
+def test_a_sample_shows_question_answer_reference_and_verdict(monkeypatch):
+    e = Example("sum", "what is 2 + 2?\n" + "x" * 100, "it is\n4")
+    said = watch.sample(7, e, "5 \x1b[31m!", False, 40).splitlines()
+    assert [line[:12].strip() for line in said] == ["step 7", "wrong", "reference"] and all(len(line) < 40 for line in said)
+    assert "what is 2 + 2? xxx" in said[0] and "5 \\x1b[31m!" in said[1] and "it is 4" in said[2]  # no escape gets through
+    monkeypatch.setattr(watch.sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert watch.sample(7, e, "4", True, 40).splitlines()[1].startswith("\x1b[32m  right")
+    assert "not scored" in watch.sample(7, e, "4", None, 40)
