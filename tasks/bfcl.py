@@ -185,18 +185,13 @@ def fits(value: Any, allowed: list, kind: str, item: str | None) -> bool:
         return any(dict_fits(value, a) for a in allowed if a != "")
     if TYPES[kind] is list:
         allowed = [[] if a == "" else a for a in allowed]  # what may be left out may also be empty
-        if not any(not a or items_fit(value, a, TYPES.get(item)) for a in allowed if isinstance(a, list)):
+        first = lambda a: next((type(v) for v in a if v != ""), None)  # an item has the documented type, or that of the first
+        if not any(not a or all(type(v) in (TYPES.get(item), first(a)) for v in value) for a in allowed if isinstance(a, list)):
             return False
         if item == "dict":
             lists = [a for a in allowed if isinstance(a, list) and len(a) == len(value)]
             return any(all(dict_fits(v, d) for v, d in zip(value, a, strict=True)) for a in lists)
     return bare(value) in [bare(a) for a in allowed if type(a) is type(value)]
-
-
-def items_fit(value: list, allowed: list, kind: type | None) -> bool:
-    """Does every item have the documented type, or the one that the allowed list begins with?"""
-    kept = next((type(a) for a in allowed if a != ""), None)
-    return all(type(v) in (kind, kept) for v in value)
 
 
 def dict_fits(value: Any, allowed: dict) -> bool:
@@ -219,11 +214,9 @@ def bare(value: Any) -> Any:
 def wrong_call(example: Example, pool: Sequence[Example], rng: random.Random) -> str:
     """A plausible call that the rule calls wrong: one argument with another value, or another function. "" if none is found."""
     candidates = list(wrong_calls(example, pool, rng))
-    for text in rng.sample(candidates, len(candidates)):
-        (result,) = score([example], [text])
-        if not result["correct"] and not result["abstained"]:
-            return text
-    return ""
+    shuffled = rng.sample(candidates, len(candidates))
+    results = zip(shuffled, score([example] * len(shuffled), shuffled), strict=True)
+    return next((text for text, result in results if not result["correct"] and not result["abstained"]), "")
 
 
 def wrong_calls(example: Example, pool: Sequence[Example], rng: random.Random) -> Iterator[str]:

@@ -98,10 +98,8 @@ def load_jsonl(
 def in_short(manifest: dict) -> str:
     """The manifest of load_jsonl in one line."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in manifest["kinds"].items())
-    text = f"{manifest['data']}: {kinds}; {manifest['train']} to train on, {manifest['test']} held out"
-    if "negatives" in manifest:
-        text += f"; wrong references for {manifest['negatives']['found']} of {manifest['train']}"
-    return text
+    found = f"; wrong references for {manifest['negatives']['found']} of {manifest['train']}" if "negatives" in manifest else ""
+    return f"{manifest['data']}: {kinds}; {manifest['train']} to train on, {manifest['test']} held out{found}"
 
 
 # --- the file -> lines

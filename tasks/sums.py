@@ -1,8 +1,7 @@
 """sums.py - writes tasks/sums.jsonl, the example of a file of your own:  python -m tasks.sums
 
-What: two-digit sums and differences, each with the worked line as its reference and a wrong one beside it. It exists because a
-real model of 135 M parameters gets most of them wrong alone and nearly all of them right with the reference in its prompt: the
-smallest real world in which a model can teach itself something.
+Two-digit sums and differences, each with a right and a wrong worked line. It exists because a real model of 135 M parameters gets
+most of them wrong alone and nearly all right with the reference in its prompt: the smallest real world to teach itself in.
 
 Standard library only.   Try it:  python train.py --model SmolLM2-135M --data tasks/sums.jsonl --dry-run
 """

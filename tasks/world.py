@@ -162,17 +162,15 @@ def make_tool(rng: random.Random, ood: bool, scramble: bool) -> Item:
     values = dict(city=city, day=day, nights=number, people=number, hour=number)
     parts = [word, city, day, number]
     rng.shuffle(parts)
-    wrong_tool, wrong_values = tool, dict(values)
-    if rng.random() < 0.5:
-        wrong_tool = rng.choice([name for name in TOOLS if name != tool])
-    else:
-        key = rng.choice(TOOLS[tool][1])
-        pool = dict(city=CITIES, day=DAYS).get(key, DIGITS)
-        wrong_values[key] = rng.choice([value for value in pool if value != values[key]])
     terse = lambda tool, values: " ".join([tool, *(values[key] for key in TOOLS[tool][1])])
     arguments = {key: values[key] for key in TOOLS[tool][1]}
     question, worked = f"tool: {' '.join(parts)}", f"Action: {tool} Input: {json.dumps(arguments)}"
-    wrong = terse(wrong_tool, wrong_values)
+    if rng.random() < 0.5:
+        wrong = terse(rng.choice([name for name in TOOLS if name != tool]), values)
+    else:
+        key = rng.choice(TOOLS[tool][1])
+        pool = dict(city=CITIES, day=DAYS).get(key, DIGITS)
+        wrong = terse(tool, values | {key: rng.choice([value for value in pool if value != values[key]])})
     slips = [" ".join([name, *arguments.values()]) for name in TOOLS]
     return Item("tool", question, terse(tool, values), wrong, worked, (tool, arguments), word in KNOWN, slips)
 
@@ -225,10 +223,8 @@ def distinct(families: Sequence[str], each: int, seed: int, test: bool, ood: boo
             item = next((item for item in tries if item.question not in seen), None)
             if item is None:
                 side, flag = ("test", "eval-size (--size in eval.py)") if test else ("training", "train-size")
-                raise ValueError(
-                    f"the tiny world has only about {len(examples) // len(families)} different {side} questions of family "
-                    f"{family}: lower --{flag}"
-                )
+                some = f"only about {len(examples) // len(families)} different {side} questions of family {family}"
+                raise ValueError(f"the tiny world has {some}: lower --{flag}")
             seen.add(item.question)
             examples.append(to_example(item, rng, wrong=rng.random() < wrong))
     return examples
