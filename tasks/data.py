@@ -107,8 +107,6 @@ def fit_prompt(tokenizer, build: Callable[[str], str], reference: str, limit: in
         kept = max(0, kept - (len(ids) - limit))
         ids = chat_ids(tokenizer, build(tokenizer.decode(tokens[:kept])))
     if len(ids) > limit:
-        raise TooLong(
-            f"a question of {len(ids)} tokens without its reference is over the limit of {limit}: shorten it, raise "
-            "--max-prompt-tokens, or, where the model's context is the limit, lower --max-new-tokens"
-        )
+        advice = "shorten it, raise --max-prompt-tokens, or, where the model's context is the limit, lower --max-new-tokens"
+        raise TooLong(f"a question of {len(ids)} tokens without its reference is over the limit of {limit}: {advice}")
     return ids, len(tokens) - kept

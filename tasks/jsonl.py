@@ -222,9 +222,9 @@ def checked_list(record: dict, name: str) -> list[str]:
 
 def line_example(record: dict) -> Example:
     """What a line asks, by the fields it has."""
-    question, reference = (checked_text(record.get(name), f"field {name!r}") for name in ("question", "reference"))
-    optional = ("context", "negative")
-    context, negative = (checked_text(record[name], f"field {name!r}") if name in record else "" for name in optional)
+    text_of = lambda name: checked_text(record.get(name), f"field {name!r}")
+    question, reference = text_of("question"), text_of("reference")
+    context, negative = (text_of(name) if name in record else "" for name in ("context", "negative"))
     choices, tests, answer = checked_list(record, "choices"), checked_list(record, "tests"), record.get("answer")
     if record.get("split", "train") not in ("train", "test"):
         raise Skip('field \'split\' must be "train" or "test"')

@@ -102,8 +102,7 @@ def make_choice(rng: random.Random, ood: bool, scramble: bool) -> Item:
     right = numbers.index(max(numbers))
     wrong = rng.choice([i for i in range(3) if i != right])
     largest = [options[numbers.index(max(numbers[:seen]))] for seen in (2, 3)]
-    worked = f"{', '.join(largest)} so {LETTERS[right]}"
-    question = f"largest: {', '.join(options)}"
+    question, worked = f"largest: {', '.join(options)}", f"{', '.join(largest)} so {LETTERS[right]}"
     return Item("choice", question, options[right], options[wrong], worked, LETTERS[right], max(numbers) < 50, options)
 
 
@@ -269,8 +268,7 @@ def stated(family: str, text: str) -> object:
 
 def call(text: str) -> tuple[str, dict] | None:
     """Action: name Input: {json}, or tersely: name value value. -> (name, arguments), or None if it is no call."""
-    worked = re.fullmatch(r"Action: (\w+) Input: ({.*})", text.strip(), re.DOTALL)
-    if worked:
+    if worked := re.fullmatch(r"Action: (\w+) Input: ({.*})", text.strip(), re.DOTALL):
         try:
             return worked[1], json.loads(worked[2])
         except (json.JSONDecodeError, RecursionError):
