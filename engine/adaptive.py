@@ -26,9 +26,7 @@ from unisd import Batch, Reading, Scores, divergence
 @torch.no_grad()
 def divergence_before(reader: PackedReader, scores: Scores, cfg: Config) -> Tensor:
     """Every token's divergence before the update: one more pass of the student. For a ceiling at its quantile, and for
-    --uncertainty divergence.
-
-    -> (b, T), 0 where masked
+    --uncertainty divergence. -> (b, T), 0 where masked
     """
     model, batch, teacher_head, tau = reader.model, reader.batch, reader.head, cfg.distill_temperature
     student_head = head_of(model, teacher_head.vocab)  # the model is the student again
@@ -52,10 +50,7 @@ def scattered(values: Tensor, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def uncertainty(reader: PackedReader, scores: Scores, cfg: Config, before: Tensor | None, ranks: Alone = ALONE) -> Tensor:
-    """How uncertain each of this process' sequences is, by --uncertainty. `before`: divergence_before, if that is asked.
-
-    -> (b,)
-    """
+    """How uncertain each of this process' sequences is, by --uncertainty. `before`: divergence_before, if asked. -> (b,)"""
     batch = reader.batch
     if cfg.uncertainty == "random":
         # The control. Its seed is the step's own answers: the same at every resume, whatever the number of processes.

@@ -91,9 +91,8 @@ def disk(what: str):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise DiskFull(
-            f"the disk is full: {what} was not written; the last checkpoint is whole: free space and --resume"
-        ) from error
+        said = f"the disk is full: {what} was not written; the last checkpoint is whole: free space and --resume"
+        raise DiskFull(said) from error
 
 
 def write_json(path: Path, value) -> None:

@@ -105,10 +105,7 @@ def tokens_per_chunk(chunk: int, vocab: int) -> tuple[int, int, int]:
 
 @torch.no_grad()
 def each_token(states: Tensor, head: Head, temperature: float, chunk: int, measure: Callable) -> Tensor:
-    """measure(log-probs (n, V), which of the N tokens) -> (n,), for all tokens, a chunk at a time, without gradient.
-
-    (N, H) -> (N,)
-    """
+    """measure(log-probs (n, V), which of the N tokens) -> (n,), a chunk at a time, without gradient. (N, H) -> (N,)"""
     head, found = head.ready(states), []
     size, _, piece = tokens_per_chunk(chunk, head.vocab)
     for block in chunks(len(states), size):
@@ -120,10 +117,7 @@ def each_token(states: Tensor, head: Head, temperature: float, chunk: int, measu
 
 
 def sampled_logps(states: Tensor, ids: Tensor, head: Head, temperature: float, chunk: int) -> Tensor:
-    """log p(y_t) of given tokens: all that agreement and the contrast's negative ever need.
-
-    (N, H), (N,) -> (N,)
-    """
+    """log p(y_t) of given tokens: all that agreement and the contrast's negative ever need. (N, H), (N,) -> (N,)"""
     return each_token(states, head, temperature, chunk, lambda logps, which: token_logps(logps, ids[which]))
 
 

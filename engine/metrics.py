@@ -52,10 +52,8 @@ def that_fit(lm: Loaded, examples: Sequence[Example], limit: int) -> list[Exampl
     kept = [e for e in examples if len(chat_ids(lm.tokenizer, e.question)) <= room]
     if len(kept) < len(examples):
         first = next(e for e in examples if e not in kept)
-        out = (
-            f"{len(examples) - len(kept)} of {len(examples)} held-out questions are left out, first {first.question[:40]!r}: longer"
-        )
-        warnings.warn(f"{out} than the {room} tokens that the context leaves beside --max-new-tokens {limit}", stacklevel=2)
+        out = f"{len(examples) - len(kept)} of {len(examples)} held-out questions are left out, first {first.question[:40]!r}"
+        warnings.warn(f"{out}: longer than the {room} tokens that the context leaves beside --max-new-tokens {limit}", stacklevel=2)
     return kept
 
 
@@ -130,10 +128,7 @@ def fingerprint(lm: Loaded) -> str:
 
 
 def answer_rows(examples: Sequence[Example], columns: dict[str, dict]) -> list[dict]:
-    """A row per question for answers.jsonl: what was answered to it, and whether that was right.
-
-    columns: {"before": what measure gave for these examples, "after": ...}
-    """
+    """A row per question for answers.jsonl: what was answered to it, and whether that was right. columns: {name: of measure}"""
     rows = []
     for i, e in enumerate(examples):
         row = {"family": e.task, "question": e.question, "reference": e.reference}

@@ -169,8 +169,7 @@ def generate(
     noise: Tensor | None = None,
     tally: dict | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sample (temperature > 0) or decode greedily (0). -> ids, mask (B, T), T the longest answer; ids after the end are
-    the pad id.
+    """Sample (temperature > 0) or decode greedily (0). -> ids, mask (B, T), T the longest answer, pad ids after an end.
 
     noise (B, max_new_tokens), uniform in [0, 1): the randomness; None takes it from torch's generator. With the same
     noise a prompt gets the same answer in whatever company. Rows are answered in batches of similar prompt length; the
@@ -257,19 +256,14 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
         tokenizer, model = packaged
     eos, vocab, rows = end_ids(model, tokenizer), len(tokenizer), model.get_input_embeddings().weight.shape[0]
     if not tokenizer.chat_template:
-        raise ValueError(
-            f"--model {name}: its tokenizer has no chat template; use an instruct model, or set tokenizer.chat_template and save it"
-        )
+        fix = "use an instruct model, or set tokenizer.chat_template and save it"
+        raise ValueError(f"--model {name}: its tokenizer has no chat template; {fix}")
     if rows < vocab:
-        raise ValueError(
-            f"--model {name}: {rows} embeddings but {vocab} tokens in the tokenizer; "
-            f"call model.resize_token_embeddings({vocab}) and save it"
-        )
+        fix = f"call model.resize_token_embeddings({vocab}) and save it"
+        raise ValueError(f"--model {name}: {rows} embeddings but {vocab} tokens in the tokenizer; {fix}")
     if not eos:
-        raise ValueError(
-            f"--model {name}: no end-of-text id in its tokenizer or generation config, so an answer would never end; "
-            "set eos_token_id"
-        )
+        endless = "no end-of-text id in its tokenizer or generation config, so an answer would never end; set eos_token_id"
+        raise ValueError(f"--model {name}: {endless}")
     lm = Loaded(model.to(device), tokenizer, eos, vocab, source)
     if adapter.exists():
         import peft

@@ -89,7 +89,6 @@ def continue_rows(
     """Left-padded prompts and their mask -> a row of new ids for each, and the number of token positions computed.
 
     prompts, mask (B, W); rows (up to T,) each.
-
     A model whose cache rows cannot leave writes the same answers with the whole batch going on to its longest one.
     """
     width, limit = prompts.shape[1], config.max_new_tokens
@@ -119,10 +118,8 @@ def continue_rows(
             return rows, computed
         if not rows_can_leave(cache):  # found out at the first interruption; what is written again is the same
             WHOLE_BATCH.add(model)
-            warnings.warn(
-                f"{type(model).__name__}: rows cannot leave its cache, so every batch of answers goes on to its longest one",
-                stacklevel=2,
-            )
+            why = "rows cannot leave its cache, so every batch of answers goes on to its longest one"
+            warnings.warn(f"{type(model).__name__}: {why}", stacklevel=2)
             return continue_rows(model, prompts, mask, config, draw)
         stay = (~gone).nonzero().squeeze(1)
         attended = torch.cat([attended, attended.new_ones(len(attended), ids.shape[1] - before)], 1)[stay]
@@ -132,8 +129,7 @@ def continue_rows(
 
 @contextmanager
 def answering(model: nn.Module, config: GenerationConfig):
-    """Evaluation mode (no dropout, no gradient checkpointing, which would forbid the KV cache), and no sampling
-    defaults of the hub's.
+    """Evaluation mode (no dropout, no gradient checkpointing, which would forbid the KV cache), and no hub defaults.
 
     The model's own generation config is set aside, not only overridden: `generate` fills what a given config leaves at
     its default from the model's, so Qwen's top_p and repetition penalty would come back in.

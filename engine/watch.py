@@ -1,5 +1,4 @@
-"""watch.py - what a person sees of a run: a progress bar with an estimate, a sample now and then, curves, and the final
-table.
+"""watch.py - what a person sees of a run: a progress bar with an estimate, a sample now and then, curves, and the final table.
 
 It also measures, every so often, the *teacher's* accuracy with the reference and the student's without, on a small
 held-out set. That pair of curves tells what an EMA teacher does: a student trained without references can forget how to
@@ -47,14 +46,8 @@ class Watch:
         self.run, self.stop = run, False
         families = list(dict.fromkeys(e.task for e in run.task.test))
         self.held_out = [e for f in families for e in [x for x in run.task.test if x.task == f][:small]]
-        self.bar = tqdm(
-            total=run.cfg.steps,
-            initial=run.step,
-            desc=run.cfg.recipe,
-            unit="step",
-            dynamic_ncols=True,
-            disable=bool(run.ranks.rank),
-        )
+        look = dict(desc=run.cfg.recipe, unit="step", dynamic_ncols=True, disable=bool(run.ranks.rank))
+        self.bar = tqdm(total=run.cfg.steps, initial=run.step, **look)
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -76,16 +69,13 @@ class Watch:
     def after_step(self, run, row: dict, batch) -> None:
         """Move the bar; print a sample and measure both accuracies when it is time (they join the row)."""
         self.bar.update()
-        self.bar.set_postfix(
-            loss=f"{row['loss']:.3f}", len=f"{row['length']:.0f}", eos=f"{row['eos']:.2f}", gnorm=f"{row['grad_norm']:.2f}"
-        )
+        self.bar.set_postfix_str("loss={loss:.3f}, len={length:.0f}, eos={eos:.2f}, gnorm={grad_norm:.2f}".format(**row))
+        right = lambda shown: metrics.measure(run.lm, run.task, self.held_out, shown, run.cfg.max_new_tokens)["accuracy"]
         if run.cfg.teacher_every and (run.step % run.cfg.teacher_every == 0 or run.step == 1):
             if run.cfg.uses_teacher:
                 with run.teacher():
-                    row["teacher_accuracy"] = metrics.measure(run.lm, run.task, self.held_out, True, run.cfg.max_new_tokens)[
-                        "accuracy"
-                    ]
-            row["student_accuracy"] = metrics.measure(run.lm, run.task, self.held_out, False, run.cfg.max_new_tokens)["accuracy"]
+                    row["teacher_accuracy"] = right(True)
+            row["student_accuracy"] = right(False)
         if run.cfg.sample_every and run.step % run.cfg.sample_every == 0:
             (example,) = (run.task.train[i] for i in run.usable if run.prompts[i]["student"] is batch.student[0])
             (answer,) = decode(run.lm, batch.ids[:1], batch.mask[:1])
@@ -118,9 +108,7 @@ class Clock:
 
 
 def log_row(run, batch, weights, ceiling, values: list[dict], loss: float, norm: float, tally: dict) -> dict:
-    """One row of log.jsonl. Means are over the unmasked tokens of the whole step, on every process; docs/run-folder.md explains
-    each key.
-    """
+    """One row of log.jsonl. Means over the whole step's unmasked tokens, of all processes; see docs/run-folder.md."""
     m = batch.mask.bool()
     tokens = {k: torch.cat([v[k] for v in values]) for k in values[0]} | {"weight": weights.reliability[m]}
     if ceiling is not None:
@@ -212,25 +200,16 @@ def after_training(run, out: Path, before: dict, begun: float) -> dict:
         run.optimizer = run.average = run.frozen = None  # their memory is needed for the base beside the trained model
         base = load(cfg.model, lm.device)
         base.dtype, base.sample_batch, base.ranks = lm.dtype, lm.sample_batch, lm.ranks
-    moved = metrics.drift(
-        lm, base, task, task.test, cfg.max_new_tokens, kept_answers(run, out)
-    )  # 0 steps: the level to compare with
+    # After 0 steps this is the level to compare with.
+    moved = metrics.drift(lm, base, task, task.test, cfg.max_new_tokens, kept_answers(run, out))
     checkpoint.save_final(run)
     if not run.ranks.rank:
         curves(out / "log.jsonl", out / "curves.png", f"{cfg.recipe}, {Path(lm.name).name}, seed {cfg.seed}")
     pick = lambda m: {k: m[k] for k in ("accuracy", "by_task", "interval", "length", "eos") if k in m}
-    summary = {
-        "model": lm.name,
-        "recipe": cfg.recipe,
-        "seed": cfg.seed,
-        "steps": run.step,
-        "seconds": round(time.perf_counter() - begun, 1),
-        "before": pick(before["alone"]),
-        "after": pick(alone) | moved,
-        "ceiling": pick(before["ceiling"]),
-        "ood": {"before": pick(before["ood"]), "after": pick(ood)},
-        "data": task.fingerprint(),
-    }
+    seconds = round(time.perf_counter() - begun, 1)
+    summary = {"model": lm.name, "recipe": cfg.recipe, "seed": cfg.seed, "steps": run.step, "seconds": seconds}
+    summary |= {"before": pick(before["alone"]), "after": pick(alone) | moved, "ceiling": pick(before["ceiling"])}
+    summary |= {"ood": {"before": pick(before["ood"]), "after": pick(ood)}, "data": task.fingerprint()}
     checkpoint.write_json(out / "summary.json", summary)
     if not run.ranks.rank:
         rows = metrics.answer_rows(task.test, {"before": before["alone"], "after": alone, "with_reference": before["ceiling"]})
@@ -238,8 +217,7 @@ def after_training(run, out: Path, before: dict, begun: float) -> dict:
         with checkpoint.disk("answers.jsonl"):
             metrics.write_rows(out / "answers.jsonl", rows)
         checkpoint.clear(out)
-    columns = {"before": before["alone"], "after": alone, "ceiling (base with reference)": before["ceiling"]}
-    print("\n" + metrics.table(columns))
+    print("\n" + metrics.table({"before": before["alone"], "after": alone, "ceiling (base with reference)": before["ceiling"]}))
     if ood:
         print("\nout of distribution\n" + metrics.table({"before": before["ood"], "after": ood}))
     print(
