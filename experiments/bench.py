@@ -3,17 +3,14 @@
     python -m experiments.bench --json bench/here.json            all sections, tables on the screen
     python -m experiments.bench --sections loss --threads 2       only one
 
-  loss    a divergence of N tokens at V = 151,936 words, and its gradient, against the plain formula and (if installed) Liger's. A
-          *unit* of memory is N*V*4 bytes, one fp32 tensor of logits; inputs and the gradients of states and head do not count
+  loss    a divergence of N tokens at V = 151,936 words, and its gradient, against the plain formula and (if installed) Liger's;
+          memory without inputs and their gradients, in units of N*V*4 bytes: one fp32 tensor of logits
   steps   a training step of the default job under every recipe, split into its parts, against SFT
-  model   the same for a model of the shape of Qwen2.5-0.5B with random weights (prompt 512, answer 256, batch 16) on a CUDA
-          device, with peak memory and utilisation; on a CPU a small shape shows that it runs
+  model   the same on CUDA in the shape of Qwen2.5-0.5B (prompt 512, answer 256, batch 16), with memory; on a CPU it only runs
 
 Times are medians after a warm-up; those that are compared are taken in turns, so that a busy machine slows all of them.
-Another script may call `bench_loss` with its sizes, and `bench_model` with some of NAMES.
-
-Depends on train.py and most other files; nothing depends on it.   Try it:  python -m pytest tests/test_bench.py -q
 Shapes: N tokens, V vocabulary, H hidden size, K = 3 more readings.
+Depends on train.py and most other files; nothing depends on it.   Try it:  python -m pytest tests/test_bench.py -q
 """
 
 import argparse
@@ -56,9 +53,8 @@ NAMES = {r: (r, {}) for r in RECIPES if r not in ("raw", "privileged")}  # name 
 NAMES["unisd-star, budget 0.25"] = ("unisd-star", {"agreement_budget": 0.25})
 MODEL = ("sft", "sd", "ema", "contrast", "match", "clip", "agree-token", "unisd-star", "unisd-star, budget 0.25")  # in that section
 
+
 # --- instruments -------------------------------------------------------------------------------------------------------
-
-
 class Live(TorchDispatchMode):
     """Bytes of the tensors that are alive, after every operation: the peak that a CPU's allocator does not tell."""
 
@@ -106,22 +102,14 @@ def medians(works: dict[str, Callable[[], object]], repeats: int, device: torch.
 
 
 # --- the loss ----------------------------------------------------------------------------------------------------------
-
-
 def loss_problem(n: int, v: int, h: int, device: torch.device) -> dict[str, Tensor]:
     """Random states (N, H) and heads (V, H) of a student and its teacher; K = 3 more readings of the same tokens (K, N, H)."""
     g = torch.Generator(device=device).manual_seed(0)
     rand = lambda *shape: torch.randn(*shape, generator=g, device=device)
-    weight = rand(v, h) / h**0.5
-    return {
-        "student": rand(n, h).requires_grad_(),
-        "weight": weight.requires_grad_(),
-        "teacher": rand(n, h),
-        "teacher_weight": weight.detach() + 0.01 * rand(v, h) / h**0.5,
-        "contexts": rand(3, n, h),
-        "ids": torch.randint(v, (n,), generator=g, device=device),
-        "c": torch.full((n,), 1 / n, device=device),
-    }
+    p = dict(weight=rand(v, h) / h**0.5, student=rand(n, h), teacher=rand(n, h), contexts=rand(3, n, h))
+    p["teacher_weight"] = p["weight"] + 0.01 * rand(v, h) / h**0.5
+    p |= dict(ids=torch.randint(v, (n,), generator=g, device=device), c=torch.full((n,), 1 / n, device=device))
+    return p | {name: p[name].requires_grad_() for name in ("student", "weight")}
 
 
 def agreed(c: Tensor, readings: Tensor, m: Config) -> Tensor:
@@ -180,18 +168,16 @@ def bench_loss(device: torch.device, tokens: int = 512, vocab: int = 151_936, hi
                 contenders["liger"] = liger
             except (ImportError, RuntimeError) as error:
                 print(f"liger is left out: {str(error).splitlines()[0]}")
-        memory = {who: [peak(f, n, m) - 4 * hidden * (n + vocab) for n in problems] for who, f in contenders.items()}
         seconds = medians({who: partial(once, f, problems[tokens], m) for who, f in contenders.items()}, repeats, device)
-        for who, (at_whole, at_half) in memory.items():
-            row = {"loss": name, "who": who, "units": round(at_whole / (4 * tokens * vocab), 2)}
-            row |= {"MB": round(at_whole / 1e6), "MB at N/2": round(at_half / 1e6)}
-            rows.append(row | {"seconds": round(seconds[who], 3), "time / plain": round(seconds[who] / seconds["plain"], 2)})
+        for who, f in contenders.items():
+            whole, half = (peak(f, n, m) - 4 * hidden * (n + vocab) for n in problems)
+            row = {"loss": name, "who": who, "units": round(whole / (4 * tokens * vocab), 2), "MB": round(whole / 1e6)}
+            row |= {"MB at N/2": round(half / 1e6), "seconds": round(seconds[who], 3)}
+            rows.append(row | {"time / plain": round(seconds[who] / seconds["plain"], 2)})
     return rows
 
 
 # --- steps -------------------------------------------------------------------------------------------------------------
-
-
 def one_step(run: Run) -> dict:
     """A training step, without a word. -> its row of the log; on CUDA with the peak of memory in bytes"""
     rows, cuda = [], run.lm.device.type == "cuda"
@@ -220,7 +206,7 @@ def step_row(name: str, run: Run, steps: list[dict]) -> dict:
     row = {"recipe": name, "time / sft": "–", "ms": round(1000 * total, 1)}
     row |= {f"{part} %": round(100 * seconds[part] / total) for part in PARTS}
     row["tokens / s sampled"] = round(last["length"] * run.cfg.batch / seconds["sampling"]) if sampled else "–"
-    row |= {"wasted": round(last.get("wasted", 0.0), 3), "padding": round(last.get("padding", 0.0), 3)}
+    row |= {key: round(last.get(key, 0.0), 3) for key in ("wasted", "padding")}
     row |= {"peak GiB": round(max(step["peak"] for step in steps) / 2**30, 1)} if "peak" in last else {}
     return row | {"update MFU": utilisation(run, last["length"], seconds["update"])}
 
@@ -263,10 +249,8 @@ def shaped_run(name: str, device: torch.device) -> Run:
     """A run on such a model, one of NAMES, with random prompts: no task, and any tokenizer, as nothing is turned into text."""
     model, (recipe, more) = shaped_model(device), NAMES[name]
     prompt, completion, batch, dtype = (512, 256, 16, "bf16") if device.type == "cuda" else (24, 8, 4, "fp32")
-    cfg = make(
-        recipe, preset="tiny", device=str(device), dtype=dtype, batch=batch, micro_batch=4, max_new_tokens=completion,
-        max_tokens_per_pass=16384, sample_batch=64, lr=1e-6, **more,
-    )  # fmt: skip
+    sizes = dict(batch=batch, micro_batch=4, max_new_tokens=completion, max_tokens_per_pass=16384, sample_batch=64)
+    cfg = make(recipe, preset="tiny", device=str(device), dtype=dtype, lr=1e-6, **sizes, **more)
     tokenizer, vocab = AutoTokenizer.from_pretrained(ASSET), model.config.vocab_size
     run = assemble(cfg, Loaded(model, tokenizer, [0], vocab, "random weights", dtype=dtype, sample_batch=64), None)
     g, hinted = torch.Generator().manual_seed(1), prompt + completion // 2
@@ -290,6 +274,10 @@ SECTIONS = {  # name -> rows of its table, from the device and the command line
     "model": lambda device, args: bench_model(device, repeats=args.repeats),
 }
 
+FLAGS = {"json": ("", "where the numbers go, with the device's name ('' = only the screen)")}  # default, help
+FLAGS |= {"device": ("auto", "auto, cpu, cuda, cuda:1, mps"), "threads": (0, "CPU threads (0 = torch's choice)")}
+FLAGS |= {"repeats": (5, "measurements per median"), "tokens": (512, "loss: N"), "vocab": (151_936, "loss: V")}
+
 
 def markdown(rows: list[dict]) -> str:
     """Rows with the same keys as a table."""
@@ -302,12 +290,8 @@ def main(argv: list[str] | None = None) -> int:
     any_console()
     parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to measure")
-    parser.add_argument("--json", default="", help="where the numbers go, with the device's name ('' = only the screen)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (0 = torch's choice)")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements per median, after one warm-up")
-    parser.add_argument("--tokens", type=int, default=512, help="loss: N")
-    parser.add_argument("--vocab", type=int, default=151_936, help="loss: V")
+    for flag, (default, text) in FLAGS.items():
+        parser.add_argument(f"--{flag}", type=type(default), default=default, help=text)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     device, _, reason = choose_device(args.device, "auto")

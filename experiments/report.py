@@ -4,8 +4,7 @@
 
 The idea: rows are compared by differences *paired by seed* (the same seed is the same questions in the same order), with the
 95 % interval of their mean (Student's t over the seeds). A claim is a rule about such intervals, printed beside its verdict,
-which is "cannot tell" while rows or seeds are missing or intervals are too wide. It exists so that a verdict follows from a rule
-and not from a wish. `found` is {setting: {row: {seed: numbers of one run}}}, see study.read; `rows` is one setting of it.
+which is "cannot tell" while rows or seeds are missing or intervals are too wide: it follows from a rule, not from a wish. `found` is {setting: {row: {seed: numbers of one run}}}, see study.read; `rows` is one setting of it.
 
 Depends on study.py (what a run says), watch.py (colours); matplotlib.   Try it:  python -m pytest tests/test_report.py -q
 """
@@ -30,21 +29,15 @@ MIN_SEEDS = 3  # no verdict and no error bar from fewer: with two, Student's t i
 MARGINS = PLAN["margins"]
 METRICS = PLAN["metrics"]  # name in a rule -> key of a run's numbers, how a difference is printed, the margin of an advantage
 CLOSE, FACTOR = MARGINS["close"], math.log(MARGINS["factor"])
-SIGNS = {  # sign -> the bounds that the interval of a - b must keep: direction (1 from below, -1 from above), bound
-    ">": [(1, 0.0)],
-    "<": [(-1, 0.0)],
-    "≥": [(1, -CLOSE)],
-    "~": [(1, -CLOSE), (-1, -CLOSE)],
-    "×": [(1, -FACTOR), (-1, -FACTOR)],  # of log(a / b) - log(the number after the sign)
-}
+# sign -> the bounds that the interval of a - b must keep: direction (1 from below, -1 from above), bound
+SIGNS = {">": [(1, 0.0)], "<": [(-1, 0.0)], "≥": [(1, -CLOSE)], "~": [(1, -CLOSE), (-1, -CLOSE)]}
+SIGNS["×"] = [(1, -FACTOR), (-1, -FACTOR)]  # of log(a / b) - log(the number after the sign)
 BUDGET = {"star-no-agreement": 0.0, "budget-10": 0.1, "budget-25": 0.25, "budget-50": 0.5, "unisd-star": 1.0}
 COLOURS = [INK[1], "black", INK[0], INK[2], INK[3], INK[4]]
 KINDS = {kind: (rows.split(), colour) for (kind, rows), colour in zip(PLAN["kinds"].items(), COLOURS, strict=True)}
 
 
 # --- numbers -> verdicts: +1 yes, 0 cannot tell, -1 no; so "and" is the minimum and "or" the maximum
-
-
 class Gap(NamedTuple):
     """A difference paired by seed: mean, half of its 95 % interval, over how many seeds, and how it is printed."""
 
@@ -121,7 +114,6 @@ def page(found: dict, figures: list[str]) -> str:
 
 
 # --- numbers -> figures; (n) is the number of seeds
-
 STYLE = {"figure.constrained_layout.use": True, "figure.titlesize": 10, "axes.titlesize": 9, "legend.fontsize": 8}
 STYLE |= {"axes.grid": True, "grid.alpha": 0.25, "lines.markersize": 5, "savefig.dpi": 100, "xtick.labelsize": 8}
 interval = lambda runs, key: study.spread((run[key] for run in runs.values()), MIN_SEEDS)  # nan: no error bar

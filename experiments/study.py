@@ -7,11 +7,9 @@
 
 The idea: a cell of the table is one ordinary `python train.py` in a process of its own, with one thread, at most one per core.
 After every cell <out>/cells.json (the numbers of every run) and <out>/table.md (their means) are written; at the end report.py
-adds figures and the page of claims. Stop it at any moment: the same command goes on, from cells.json alone if need be. It exists
-so that no number is chosen by its result: whatever is finished is in the table, and whatever failed is named below it.
-
-Depends on tiny.toml and real.toml (the plans), config.py; train.py, report.py as commands.
-Try it:  python -m pytest tests/test_study.py -q
+adds figures and the page of claims. Stop it at any moment: the same command goes on, from cells.json alone if need be. No number
+is chosen by its result: whatever is finished is in the table, and whatever failed is named below it.
+Depends on tiny.toml, real.toml, config.py; train.py, report.py as commands.   Try it:  python -m pytest tests/test_study.py -q
 """
 
 import argparse
@@ -58,8 +56,6 @@ class Cell(NamedTuple):
 
 
 # --- running
-
-
 def run(cell: Cell, out: Path, extra: list[str]) -> str:
     """One training run; goes on where an interrupted one stopped. -> "" or why it failed, also in failed.txt there."""
     folder = out / "runs" / cell.setting / f"{cell.row}-seed{cell.seed}"
@@ -101,8 +97,6 @@ def run_all(cells: list[Cell], out: Path, jobs: int, extra: list[str]) -> list[C
 
 
 # --- reading: runs -> numbers
-
-
 def read(out: Path) -> dict:
     """Every finished run in <out>/cells.json or <out>/runs, whoever asked for it. -> {setting: {row: {seed: numbers}}}
 
@@ -140,22 +134,13 @@ def numbers(path: Path, stamp: int) -> dict:
     twenties = [curves["div"][i : i + 20] for i in range(0, len(curves["div"]), 20)]  # one step is noisy
     curves["div"] = [(part[-1][0], statistics.mean(value for _, value in part)) for part in twenties]
     before, after = summary["before"]["accuracy"], summary["after"]
-    return {
-        "accuracy": after["accuracy"],
-        "gain": after["accuracy"] - before,
-        "ood": summary["ood"]["after"].get("accuracy", math.nan),
-        "jsd": after["jsd_to_base"],
-        "retention_ppl": after["retention_ppl"],
-        "reverse_ppl": after["reverse_ppl"],
-        "step_seconds": statistics.median(seconds) if seconds else math.nan,
-        "day": time.strftime("%Y-%m-%d", time.localtime(stamp / 1e9)),
-        "grad_norm_95": norms[int(0.95 * (len(norms) - 1))],
-        "before": before,
-        "ceiling": summary["ceiling"]["accuracy"],
-        "by_task": after["by_task"],
-        "steps": summary["steps"],
-        "curves": curves,
-    }
+    found = {"accuracy": after["accuracy"], "gain": after["accuracy"] - before}
+    found |= {"ood": summary["ood"]["after"].get("accuracy", math.nan), "jsd": after["jsd_to_base"]}
+    found |= {key: after[key] for key in ("retention_ppl", "reverse_ppl")}
+    found |= {"step_seconds": statistics.median(seconds) if seconds else math.nan}
+    found |= {"day": time.strftime("%Y-%m-%d", time.localtime(stamp / 1e9)), "grad_norm_95": norms[int(0.95 * (len(norms) - 1))]}
+    found |= {"before": before, "ceiling": summary["ceiling"]["accuracy"], "by_task": after["by_task"]}
+    return found | {"steps": summary["steps"], "curves": curves}
 
 
 def spread(values, least: int = 2) -> tuple[float, float]:
@@ -174,7 +159,6 @@ def median_and_range(values) -> tuple[float, float, float]:
 
 
 # --- writing: numbers -> the table
-
 COLUMNS = ["recipe", "accuracy", "gain", "OOD", "JSD to base", "retention PPL", "step time / SFT"]
 
 
@@ -208,9 +192,8 @@ def markdown(found: dict, out: Path) -> str:
             head = [*COLUMNS, *dict.fromkeys(family for run in runs for family in run["by_task"]), "seeds"]
             lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
             lines += [*(table_row(name, runs, head[len(COLUMNS) : -1]) for name, runs in rows.items()), ""]
-        lines += [f"- failed: {path.parent.name}: {path.read_text(encoding='utf-8').strip()}" for path in failed] + [""] * bool(
-            failed
-        )
+        lines += [f"- failed: {path.parent.name}: {path.read_text(encoding='utf-8').strip()}" for path in failed]
+        lines += [""] if failed else []
     return "\n".join(lines)
 
 
