@@ -8,9 +8,7 @@ Steps, passes by mechanism, EMA updates, and an estimate of memory and time. Of 
              there whole while answers are sampled and read: 4 P more, 2 P in bf16
     work     2 P per token read, 6 P per token trained (a third more with gradient checkpointing), 2 P per token sampled
 
-The time is that work divided by what a matrix product reaches here, times the share of it that language models usually reach: an
-estimate, within a factor of two or three. The first minute of the run itself knows better.
-
+The time is that work over the share of a matrix product's speed here that language models usually reach: a factor of 2 or 3 off.
 Depends on ema.py, config.py, head.py, parallel.py, rollout.py, tasks/jsonl.py.   Try it:  python -m pytest tests/test_plan.py -q
 """
 
@@ -102,8 +100,7 @@ def describe(cfg: Config) -> str:
         data, letters = jsonl.in_short(manifest), sum(len(e.question + e.reference) for e in task.train)
         prompt = 40 + letters / len(task.train) / 4  # a token has about four letters
         cfg.steps = steps_of(cfg, manifest["train"])
-    steps = cfg.steps or f"as many as {cfg.epochs:g} epoch{'s' * (cfg.epochs != 1)} of {cfg.data} need"
-    found = passes_of(cfg)
+    steps, found = cfg.steps or f"as many as {cfg.epochs:g} epoch{'s' * (cfg.epochs != 1)} of {cfg.data} need", passes_of(cfg)
     lines = [
         f"{cfg.recipe} on {SHORT.get(cfg.model, cfg.model)}, {data}",
         reason,
@@ -120,11 +117,9 @@ def describe(cfg: Config) -> str:
     lines.append(f"memory: about {needed / 2**30:.1f} GiB, of {parameters / 1e6:.0f} M parameters")
     speed = flops_per_second(device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32))
     prompt, answer = min(cfg.max_prompt_tokens, prompt), cfg.max_new_tokens / 4
-    tokens = cfg.batch * (prompt + answer)
-    read, trained = sum(found.values()) - 1, 4 if cfg.grad_checkpointing else 3
-    seconds = 2 * parameters * tokens * (read + trained) / (REACHED * speed)
-    seconds += cfg.on_policy * 2 * parameters * cfg.batch * answer / (SAMPLING * speed)
-    seconds /= parallel.size()
+    passes = sum(found.values()) - 1 + (4 if cfg.grad_checkpointing else 3)  # read, trained
+    tokens = cfg.batch * ((prompt + answer) * passes / REACHED + cfg.on_policy * answer / SAMPLING)
+    seconds = 2 * parameters * tokens / speed / parallel.size()
     in_all = f", {duration(cfg.steps * seconds)} in all" if cfg.steps else ""
     lines.append(f"time on this device: very roughly {duration(seconds)} a step{in_all}")
     lengths = f"  for prompts of {prompt:.0f} tokens and answers of {answer:.0f}, a quarter of --max-new-tokens"

@@ -4,8 +4,8 @@
 
 The idea: rows are compared by differences *paired by seed* (the same seed is the same questions in the same order), with the
 95 % interval of their mean (Student's t over the seeds). A claim is a rule about such intervals, printed beside its verdict,
-which is "cannot tell" while rows or seeds are missing or intervals are too wide: it follows from a rule, not from a wish. `found` is {setting: {row: {seed: numbers of one run}}}, see study.read; `rows` is one setting of it.
-
+which is "cannot tell" while rows or seeds are missing or intervals are too wide: so a verdict follows from no wish.
+`found` is {setting: {row: {seed: numbers of one run}}}, see study.read; `rows` is one setting of it.
 Depends on study.py (what a run says), watch.py (colours); matplotlib.   Try it:  python -m pytest tests/test_report.py -q
 """
 

@@ -209,10 +209,8 @@ def write(found: dict, out: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what is missing, then write the table, the figures and the page of claims. Stop it whenever you like: the same command
-    goes on. Without flags: the full study, 5 seeds, estimated just under 3 hours on 2 cores; what it leaves out (further budgets,
-    K, gamma, star-clip) can be asked for by --recipes and joins the same table.
-    """
+    """Run what is missing, then write table, figures and claims; stopped, it goes on. Without flags: 5 seeds, nearly 3 hours on 2
+    cores; what that leaves out (further budgets, K, gamma, star-clip) can be asked for by --recipes and joins the same table."""
     any_console()
     parser = argparse.ArgumentParser(prog="study.py", description=main.__doc__)
     add, quick = parser.add_argument, f"{', '.join(QUICK)} in clean, {QUICK_SEEDS} seeds: estimated 8 minutes on 2 cores"

@@ -2,9 +2,7 @@
 
 The judge, the program and the questions between them are the sandbox's, so a program that prints "passed" or exits with 0
 fails here too: no verdict passes through its hands. What is missing is the cage: it can do what you can, until its time is up.
-
-Standard library only. sandbox.py is loaded by its path: a program could import whatever lay on the import path.
-Try it:  python -m pytest tests/test_platform.py -q
+sandbox.py is loaded by its path, as a program could import what lay on the import path.   Try it:  pytest tests/test_platform.py
 """
 
 import contextlib
