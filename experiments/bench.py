@@ -298,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
     print(reason)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
     where = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    found = {"where": where | {"transformers": transformers.__version__, "repeats": args.repeats}}
+    found: dict = {"where": where | {"transformers": transformers.__version__, "repeats": args.repeats}}
     for name in args.sections:
         begun = time.perf_counter()
         found[name] = SECTIONS[name](device, args)
