@@ -274,9 +274,14 @@ SECTIONS = {  # name -> rows of its table, from the device and the command line
     "model": lambda device, args: bench_model(device, repeats=args.repeats),
 }
 
-FLAGS = {"json": ("", "where the numbers go, with the device's name ('' = only the screen)")}  # default, help
-FLAGS |= {"device": ("auto", "auto, cpu, cuda, cuda:1, mps"), "threads": (0, "CPU threads (0 = torch's choice)")}
-FLAGS |= {"repeats": (5, "measurements per median"), "tokens": (512, "loss: N"), "vocab": (151_936, "loss: V")}
+FLAGS = (  # name, default, help
+    ("--json", "", "where the numbers go, with the device's name ('' = only the screen)"),
+    ("--device", "auto", "auto, cpu, cuda, cuda:1, mps"),
+    ("--threads", 0, "CPU threads (0 = torch's choice)"),
+    ("--repeats", 5, "measurements per median, after one warm-up"),
+    ("--tokens", 512, "loss: N"),
+    ("--vocab", 151_936, "loss: V"),
+)
 
 
 def markdown(rows: list[dict]) -> str:
@@ -290,8 +295,8 @@ def main(argv: list[str] | None = None) -> int:
     any_console()
     parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to measure")
-    for flag, (default, text) in FLAGS.items():
-        parser.add_argument(f"--{flag}", type=type(default), default=default, help=text)
+    for flag, default, text in FLAGS:
+        parser.add_argument(flag, type=type(default), default=default, help=text)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     device, _, reason = choose_device(args.device, "auto")
