@@ -226,7 +226,7 @@ def test_the_costs_are_those_of_the_bench():
 
 def test_the_answers_before_training_are_the_models():
     """The transcript's questions are held out, its references theirs, its first answers the untouched model's, greedily."""
-    (table,) = [t for t in tables(README) if "before" in t[0]]
+    (table,) = [t for t in tables(README) if "a teacher's reference" in t[0]]
     held_out = {e.question: e for e in world.load(4000, 100).test}
     tokenizer, model = AutoTokenizer.from_pretrained(ASSET), AutoModelForCausalLM.from_pretrained(ASSET).eval()
     verdicts = []
@@ -247,3 +247,24 @@ def test_the_answers_before_training_are_the_models():
 def tokenizer_input(tokenizer, question):
     ids = tokenizer.pad({"input_ids": [chat_ids(tokenizer, question)]}, return_tensors="pt")
     return {"input_ids": ids["input_ids"], "attention_mask": ids["attention_mask"]}
+
+
+def test_the_transcript_of_the_real_model_is_that_of_the_published_run():
+    """Its numbers are those of experiments/results/real; answers.jsonl of that run lies beside them."""
+    folder = ROOT / "experiments" / "results" / "real"
+    run = {row["row"]: row for row in json.loads((folder / "cells.json").read_text(encoding="utf-8")) if row["seed"] == 0}
+    answers = [json.loads(line) for line in (folder / "answers-sd-seed0.jsonl").read_text(encoding="utf-8").splitlines()]
+    told = re.search(r"alone (\d+) of 100 right, with the reference (\d+); after 40 steps of `sd`\s+(\d+)\.", README)
+    assert [int(x) for x in told.groups()] == [run["raw"]["accuracy"], run["raw"]["ceiling"], run["sd"]["accuracy"]]
+    counted = [
+        100 * sum(row[f"{part}_correct"] for row in answers) / len(answers) for part in ("before", "with_reference", "after")
+    ]
+    assert counted == [run["raw"]["accuracy"], run["raw"]["ceiling"], run["sd"]["accuracy"]]
+    known = {row["question"].split("\n")[0]: row for row in answers}
+    (table,) = [t for t in tables(README) if "before" in t[0] and "a teacher's reference" not in t[0]]
+    for row in table:
+        answer = known[f"What is {row['question'].strip('`')}?"]
+        assert answer["before"] == row["before"].strip("`")
+        assert answer["after"].split() == " ".join(re.findall(r"`(.+?)`", row["after"])).split()
+    habit = sum(row["after"].startswith("I'm ready to help") for row in answers)
+    assert f"{habit} of the 100 answers" in DOCS["results.md"] and not any(r["before"].startswith("I'm ready") for r in answers)
