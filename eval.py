@@ -29,7 +29,6 @@ import matplotlib.pyplot as plt
 import torch
 
 from engine import any_console, metrics
-from engine.build import warn_of_foreign_words
 from engine.config import saved_settings
 from engine.rollout import Loaded, choose_device, load
 from tasks.catalog import load_task
@@ -58,7 +57,7 @@ def evaluate(model: Loaded, base: Loaded | None, task: Task, limit: int, cache: 
     if not task.test:
         raise ValueError(f"--task {task.name}: no question fits beside an answer of {limit} tokens; lower --max-new-tokens")
     print(f"{task.name}: {len(task.test)} questions, in answers of up to {limit} tokens", file=sys.stderr)
-    warn_of_foreign_words(model, task)
+    metrics.warn_of_foreign_words(model, task)
     report = {"task": task.name, "n": len(task.test), "model": one_model(model, task, limit, cache)}
     if base:
         report["base"] = one_model(base, task, limit, cache)

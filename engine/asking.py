@@ -7,14 +7,12 @@ Depends on config.py, head.py, rollout.py, data.py.   Try it:  python explain.py
 """
 
 import argparse
-import json
 import math
 from dataclasses import fields
-from pathlib import Path
 
 from engine.config import PRESETS, Config, add_flag, make
 from engine.head import check_head
-from engine.rollout import SHORT, TINY, Loaded, choose_device, load
+from engine.rollout import SHORT, Loaded, choose_device, load, speaks_world
 from tasks.data import chat_ids
 
 TEXTS = {
@@ -35,13 +33,6 @@ EPILOG = """questions of the tiny world, whose references are known:
   "f: add 3 then times 2"     "tool: fly rome 2 monday"
 A training question has the reference of training, a quarter of it blotted out; any other one has it whole.
 """
-
-
-def speaks_world(folder: str) -> bool:
-    """Is this a model of the tiny world, trained or not? It is known by its vocabulary."""
-    files = [Path(f) / "tokenizer.json" for f in (folder, TINY)]
-    vocab = lambda file: json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"]
-    return files[0].exists() and vocab(files[0]) == vocab(files[1])
 
 
 def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace, Config]:

@@ -7,9 +7,6 @@ Depends on most other files.   Try it:  python -m pytest tests/test_train.py -q
 """
 
 import os
-import random
-import re
-import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +15,12 @@ import torch
 
 from ema import EMA, half_life
 from engine import checkpoint, contexts, metrics, parallel, plan
-from engine.asking import speaks_world
 from engine.config import DEPARTURES, Config
 from engine.head import check_head
 from engine.parallel import ALONE, Alone, whole_layers
 from engine.rollout import Loaded, choose_device, load
 from tasks import catalog, jsonl
 from tasks.data import Task, chat_ids
-from tasks.tiny import lesson
 
 
 class AdapterOff:
@@ -126,18 +121,6 @@ def assemble(cfg: Config, lm: Loaded, task: Task | None, ranks: Alone = ALONE) -
     return Run(cfg, lm, task, optimizer, average, frozen, scaler, ranks=ranks)
 
 
-def warn_of_foreign_words(lm: Loaded, task: Task) -> None:
-    """A model of the tiny world knows a few hundred words. Say so where it is given other text, and name a model for it."""
-    if task.name == "tiny" or not speaks_world(lm.name):
-        return
-    words, rng = (lambda text: re.findall(r"[^\W\d_]+", text)), random.Random(0)
-    known = {word for _ in range(500) for text in lesson(rng) for word in words(text)}
-    asked = [word for e in task.test[:200] for word in words(f"{e.question} {e.reference}")]
-    share = 100 * sum(word not in known for word in asked) / max(1, len(asked))
-    told = f"the tiny model has never met {share:.0f} per cent of the words of {task.name}; its own world is all it knows"
-    warnings.warn(f"{told}: use --model SmolLM2-135M, or Qwen2.5-0.5B, for other text", stacklevel=2)
-
-
 def start(cfg: Config, out: Path) -> Run:
     """Load everything and check that it can work. Raises ValueError, with the fix, if it cannot."""
     torch.manual_seed(cfg.seed)
@@ -157,7 +140,7 @@ def start(cfg: Config, out: Path) -> Run:
     lm.dtype, lm.sample_batch, lm.ranks = cfg.dtype, cfg.sample_batch, ranks
     lm.train_text_only()
     task, manifest = found or task_of(cfg)
-    warn_of_foreign_words(lm, task)
+    metrics.warn_of_foreign_words(lm, task)
     model = lm.model
     check_head(model, lm.vocab, chat_ids(lm.tokenizer, "1 + 1"))
     room = lm.context - cfg.max_new_tokens

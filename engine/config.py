@@ -70,7 +70,7 @@ class Config(Mechanisms):
     contexts: int = opt(3, "K: how many contexts the agreement compares")
     agreement_budget: float = opt(1.0, "score contexts for this share of the sequences, the least certain; others keep weight 1")
     uncertainty: str = opt(
-        "entropy", "the teacher's entropy; its divergence (one more pass); random, a control", ("entropy", "divergence", "random")
+        "entropy", "by the teacher's entropy, its divergence (one more pass), or at random", ("entropy", "divergence", "random")
     )
     demos: int = opt(1, "solved examples in each context")
     context_kind: str = opt("random", "a context shows random or similar solved examples, or an induced instruction", CONTEXT_KINDS)
@@ -78,7 +78,7 @@ class Config(Mechanisms):
     negatives: str = opt("rule", "wrong references: by rule, or model-written; both verified wrong", ("rule", "model"))
     # --- sampling
     on_policy: float = opt(1.0, "share of the steps trained on the student's own answers; the others use the references")
-    sft_target: str = opt("reference", "others imitate the reference, or a worked answer (tiny world)", ("reference", "worked"))
+    sft_target: str = opt("reference", "what off-policy steps imitate; worked: tiny world only", ("reference", "worked"))
     sampler: str = opt("student", "who writes the answers: the student, or the frozen base model", ("student", "base"))
     temperature: float = opt(0.7, "sampling temperature; has no effect on the loss")
     max_new_tokens: int = opt(1024, "longest answer")

@@ -18,6 +18,8 @@ Depends on losses.py, reading.py, data.py, rollout.py, parallel.py.   Try it:  p
 import hashlib
 import json
 import math
+import random
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -30,7 +32,7 @@ import losses
 from engine.head import chunks, each_token, head_of, sampled_logps
 from engine.parallel import whole_layers
 from engine.reading import passes
-from engine.rollout import Loaded, decode, generate, right_pad, turn_end
+from engine.rollout import Loaded, decode, generate, right_pad, speaks_world, turn_end
 from tasks.data import Example, Task, chat_ids, fit_prompt, teacher_message
 from unisd import read
 
@@ -55,6 +57,20 @@ def that_fit(lm: Loaded, examples: Sequence[Example], limit: int) -> list[Exampl
         out = f"{len(examples) - len(kept)} of {len(examples)} held-out questions are left out, first {first.question[:40]!r}"
         warnings.warn(f"{out}: longer than the {room} tokens that the context leaves beside --max-new-tokens {limit}", stacklevel=2)
     return kept
+
+
+def warn_of_foreign_words(lm: Loaded, task: Task) -> None:
+    """A model of the tiny world knows a few hundred words. Say so where it is given other text, and name a model for it."""
+    if task.name == "tiny" or not speaks_world(lm.name):
+        return
+    from tasks.tiny import lesson  # what builds such models: no other run needs it
+
+    words, rng = (lambda text: re.findall(r"[^\W\d_]+", text)), random.Random(0)
+    known = {word for _ in range(500) for text in lesson(rng) for word in words(text)}
+    asked = [word for e in task.test[:200] for word in words(f"{e.question} {e.reference}")]
+    share = 100 * sum(word not in known for word in asked) / max(1, len(asked))
+    told = f"the tiny model has never met {share:.0f} per cent of the words of {task.name}; its own world is all it knows"
+    warnings.warn(f"{told}: use --model SmolLM2-135M, or Qwen2.5-0.5B, for other text", stacklevel=2)
 
 
 def prompts_for(lm: Loaded, task: Task, examples: Sequence[Example], with_reference: bool, limit: int) -> list[list[int]]:

@@ -114,11 +114,15 @@ def table(x, width: int = 100, color: bool = False, encoding: str = "utf-8") -> 
     return "\n".join(lines + [f"{title:<4} {meaning}" for title, meaning, *_ in notes + columns])
 
 
+def has_colour() -> bool:
+    """Does the terminal show colours, and does its user want them?"""
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
 def show(x, html: str | None = None) -> None:
     """Print the table, in colour where the terminal has any, and write the page. Raises ValueError if it cannot be written."""
-    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
     width = min(120, max(80, shutil.get_terminal_size((100, 0)).columns))
-    print(table(x, width, color, sys.stdout.encoding or "utf-8"), flush=True)
+    print(table(x, width, has_colour(), sys.stdout.encoding or "utf-8"), flush=True)
     if html:
         try:
             Path(html).write_text(html_page(x), encoding="utf-8")

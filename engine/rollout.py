@@ -250,7 +250,7 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False, use_safetensors=True)
     except (OSError, ValueError, ImportError) as error:
-        packaged = from_package(source, dtype)
+        packaged = from_package(base, dtype)  # an adapter's tokenizer is that of its base
         if not packaged:
             raise ValueError(explain_missing(name, source, error)) from error
         tokenizer, model = packaged
@@ -270,6 +270,13 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
 
         lm.adapter = peft.PeftModel.from_pretrained(model, source, use_safetensors=True)
     return lm
+
+
+def speaks_world(folder: str) -> bool:
+    """Is this a model of the tiny world, trained or not? It is known by its vocabulary."""
+    files = [Path(f) / "tokenizer.json" for f in (folder, TINY)]
+    vocab = lambda file: json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"]
+    return files[0].exists() and vocab(files[0]) == vocab(files[1])
 
 
 def from_package(source: str, dtype: torch.dtype) -> tuple | None:

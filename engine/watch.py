@@ -9,10 +9,8 @@ Depends on metrics.py, checkpoint.py, rollout.py; matplotlib for the curves.
 """
 
 import json
-import os
 import shutil
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -23,7 +21,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from engine import checkpoint, metrics
-from engine.page import fitted, visible
+from engine.page import fitted, has_colour, visible
 from engine.rollout import decode, load
 from tasks.data import Example
 
@@ -88,7 +86,7 @@ def sample(step: int, example: Example, answer: str, correct: bool | None, width
     name, code = {True: ("right", "32"), False: ("wrong", "31"), None: ("not scored", "0")}[correct]
     rows = [(f"step {step}", example.question), (name, answer), ("reference", example.reference)]
     lines = [fitted(f"  {title:<10} {visible(' '.join(text.split()))}", width - 1).rstrip() for title, text in rows]
-    if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+    if has_colour():
         lines[1] = f"\033[{code}m{lines[1]}\033[0m"
     return "\n".join(lines)
 

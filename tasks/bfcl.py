@@ -61,7 +61,8 @@ def load(
     few = lambda examples, size: sorted(examples, key=share)[: size or None]  # the same few for every seed
     train, test, ood = train[: train_size or None], few(test, test_size), few(ood, test_size)
     if negatives:
-        train = [replace(e, negative=wrong_call(e, train, random.Random(f"{seed}-{i}"))) for i, e in enumerate(train)]
+        pool = [[v for v in said_call(e.reference)[1].values() if isinstance(v, str) and v] for e in train]
+        train = [replace(e, negative=wrong_call(e, pool, random.Random(f"{seed}-{i}"))) for i, e in enumerate(train)]
         manifest["negatives"] = {"found": sum(bool(e.negative) for e in train), "missing": sum(not e.negative for e in train)}
     task = Task("bfcl", train, test, score, ood, max_new_tokens=96)
     return task, manifest | {"train": len(train), "test": len(test), "ood": len(ood), "fingerprint": task.fingerprint()}
@@ -211,7 +212,7 @@ def bare(value: Any) -> Any:
 # --- wrong calls -----------------------------------------------------------------------------------------------------
 
 
-def wrong_call(example: Example, pool: Sequence[Example], rng: random.Random) -> str:
+def wrong_call(example: Example, pool: Sequence[Sequence[str]], rng: random.Random) -> str:
     """A plausible call that the rule calls wrong: one argument with another value, or another function. "" if none is found."""
     candidates = list(wrong_calls(example, pool, rng))
     shuffled = rng.sample(candidates, len(candidates))
@@ -219,8 +220,8 @@ def wrong_call(example: Example, pool: Sequence[Example], rng: random.Random) ->
     return next((text for text, result in results if not result["correct"] and not result["abstained"]), "")
 
 
-def wrong_calls(example: Example, pool: Sequence[Example], rng: random.Random) -> Iterator[str]:
-    """Candidates: other documented functions, numbers nearby, texts that other calls use."""
+def wrong_calls(example: Example, pool: Sequence[Sequence[str]], rng: random.Random) -> Iterator[str]:
+    """Candidates: other documented functions, numbers nearby, texts of the pool, which has those of every other call."""
     name, arguments = said_call(example.reference)
     yield from (spell(other, arguments) for other in example.answer["others"])
     for key, value in arguments.items():
@@ -232,6 +233,6 @@ def wrong_calls(example: Example, pool: Sequence[Example], rng: random.Random) -
         elif isinstance(value, list) and value:
             others = [value[:-1]] if len(value) > 1 else []
         elif isinstance(value, str):
-            calls = [said_call(e.reference)[1].values() for e in rng.sample(list(pool), min(20, len(pool)))]
-            others = [v for values in calls for v in values if isinstance(v, str) and v and bare(v) != bare(value)][:2]
+            texts = [text for call in rng.sample(pool, min(20, len(pool))) for text in call]
+            others = [text for text in texts if bare(text) != bare(value)][:2]
         yield from (spell(name, arguments | {key: other}) for other in others)

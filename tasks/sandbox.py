@@ -57,7 +57,8 @@ class Verdict:
 
 def run_tests(jobs: Jobs, limits: Limits = Limits(), progress: bool = False) -> list[Verdict]:
     """Verdicts of each (program, test statements), in order. A job can fail only itself, never another. No tests: not passed.
-    Tests run in order and share their names; a name they do not define is the program's."""
+    Tests run in order and share their names; a name they do not define is the program's.
+    """
     # Not fork(): the caller may have threads. No -E: the environment is ours, a fixed hash seed makes verdicts repeat.
     env = {"PYTHONHASHSEED": "0", "PYTHONINTMAXSTRDIGITS": "0", "MALLOC_ARENA_MAX": "1"}
     env |= {n: os.environ.get(n, "") for n in ("LD_LIBRARY_PATH", "SYSTEMROOT")}  # some builds of Python need them

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import shutil
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -435,7 +436,8 @@ def test_a_sample_shows_question_answer_reference_and_verdict(monkeypatch):
     said = watch.sample(7, e, "5 \x1b[31m!", False, 40).splitlines()
     assert [line[:12].strip() for line in said] == ["step 7", "wrong", "reference"] and all(len(line) < 40 for line in said)
     assert "what is 2 + 2? xxx" in said[0] and "5 \\x1b[31m!" in said[1] and "it is 4" in said[2]  # no escape gets through
-    monkeypatch.setattr(watch.sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert watch.sample(7, e, "4", True, 40).splitlines()[1].startswith("\x1b[32m  right")
     assert "not scored" in watch.sample(7, e, "4", None, 40)
