@@ -30,7 +30,7 @@ import torch
 
 from engine import any_console, metrics
 from engine.config import saved_settings
-from engine.rollout import Loaded, choose_device, load
+from engine.loading import Loaded, choose_device, load
 from tasks.catalog import load_task
 from tasks.data import Task
 

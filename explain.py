@@ -27,8 +27,9 @@ from engine import contexts
 from engine.asking import load_models, parse, speaks_world
 from engine.config import Config, make
 from engine.head import Head, chunked_objective, chunks, head_of
+from engine.loading import Loaded
 from engine.page import printable, show
-from engine.rollout import Loaded, decode, generate, turn_end
+from engine.rollout import decode, generate, turn_end
 from losses import clip_tokens, token_logps
 from tasks import world
 from tasks.catalog import load_task

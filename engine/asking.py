@@ -12,7 +12,7 @@ from dataclasses import fields
 
 from engine.config import PRESETS, Config, add_flag, make
 from engine.head import check_head
-from engine.rollout import SHORT, Loaded, choose_device, load, speaks_world
+from engine.loading import SHORT, Loaded, choose_device, load, speaks_world
 from tasks.data import chat_ids
 
 TEXTS = {

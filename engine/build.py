@@ -17,8 +17,8 @@ from ema import EMA, half_life
 from engine import checkpoint, contexts, metrics, parallel, plan
 from engine.config import DEPARTURES, Config
 from engine.head import check_head
+from engine.loading import Loaded, choose_device, load
 from engine.parallel import ALONE, Alone, whole_layers
-from engine.rollout import Loaded, choose_device, load
 from tasks import catalog, jsonl
 from tasks.data import Task, chat_ids
 

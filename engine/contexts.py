@@ -24,7 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.checkpoint import write_json
-from engine.rollout import Loaded, decode, generate, right_pad
+from engine.loading import Loaded
+from engine.rollout import decode, generate, right_pad
 from tasks.data import Example, Task, TooLong, chat_ids, context_message, fit_prompt, instruction_message, teacher_message
 
 INDUCE = "{demos}\n\nThe examples above are solved tasks of one kind. Write one general instruction of two or three sentences that "

@@ -30,9 +30,10 @@ from torch import Tensor
 
 import losses
 from engine.head import chunks, each_token, head_of, sampled_logps
+from engine.loading import Loaded, speaks_world
 from engine.parallel import whole_layers
 from engine.reading import passes
-from engine.rollout import Loaded, decode, generate, right_pad, speaks_world, turn_end
+from engine.rollout import decode, generate, right_pad, turn_end
 from tasks.data import Example, Task, chat_ids, fit_prompt, teacher_message
 from unisd import read
 

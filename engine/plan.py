@@ -23,7 +23,7 @@ from ema import half_life
 from engine import parallel
 from engine.config import Config
 from engine.head import tokens_per_chunk
-from engine.rollout import SHORT, choose_device
+from engine.loading import SHORT, choose_device
 from tasks import jsonl
 
 # Parameters, layers, hidden size, vocabulary: as published with the models. Other hub ids are only known once downloaded.

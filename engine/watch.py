@@ -21,8 +21,9 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from engine import checkpoint, metrics
+from engine.loading import load
 from engine.page import fitted, has_colour, visible
-from engine.rollout import decode, load
+from engine.rollout import decode
 from tasks.data import Example
 
 # Colours that stay apart for every kind of colour vision (Okabe and Ito's).

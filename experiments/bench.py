@@ -43,7 +43,7 @@ from engine import any_console
 from engine.build import Run, assemble, start
 from engine.config import RECIPES, Config, make
 from engine.head import Head, chunked_objective, sampled_logps
-from engine.rollout import Loaded, choose_device
+from engine.loading import Loaded, choose_device
 from tasks.tiny import ASSET
 from unisd import Tokens, divergence, reliability
 

@@ -23,7 +23,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import train
 from engine import checkpoint, watch
 from engine.config import make, parse
-from engine.rollout import load
+from engine.loading import load
 
 ROOT = Path(__file__).parents[1]
 VOCAB, ROWS = 37, 48  # tokens in use, rows in the embedding table

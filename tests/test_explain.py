@@ -21,9 +21,9 @@ from engine import contexts
 from engine.asking import parse, speaks_world
 from engine.config import Config, make
 from engine.head import head_of
+from engine.loading import TINY, load
 from engine.page import fitted, html_page, number, printable, show, table
 from engine.reading import PackedReader
-from engine.rollout import TINY, load
 from explain import explain
 from tasks import world
 from tasks.data import Example, Task, chat_ids

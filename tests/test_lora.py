@@ -13,7 +13,7 @@ import train
 from ema import EMA
 from engine.build import AdapterOff
 from engine.config import make
-from engine.rollout import load
+from engine.loading import load
 
 peft = pytest.importorskip("peft")
 CPU = torch.device("cpu")

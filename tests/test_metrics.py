@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import losses
 from engine import metrics
-from engine.rollout import load
+from engine.loading import load
 from tasks import world
 from tasks.data import chat_ids
 

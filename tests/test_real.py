@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from engine.config import make
-from engine.rollout import SHORT, TINY, load
+from engine.loading import SHORT, TINY, load
 from tasks import benchmarks
 
 CPU = torch.device("cpu")

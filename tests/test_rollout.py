@@ -10,9 +10,10 @@ import torch
 from conftest import ROWS, VOCAB, small_model
 from torch.testing import assert_close
 
-from engine import rollout
+from engine import loading, rollout
 from engine.head import head_of, sampled_logps
-from engine.rollout import TINY, Loaded, completion_mask, decode, end_ids, generate, left_pad, load, turn_end
+from engine.loading import TINY, Loaded, end_ids, load
+from engine.rollout import completion_mask, decode, generate, left_pad, turn_end
 from tasks.data import chat_ids
 from unisd import read
 
@@ -132,7 +133,7 @@ def test_refusals_name_the_fix(tmp_path):
         load(spoiled(tmp_path / "a", no_template), CPU)
 
     def too_few(folder):
-        model = rollout.AutoModelForCausalLM.from_pretrained(folder)
+        model = loading.AutoModelForCausalLM.from_pretrained(folder)
         model.resize_token_embeddings(100)
         model.save_pretrained(folder)
 
@@ -186,7 +187,7 @@ def test_the_precision_follows_the_card(monkeypatch, card, bf16, dtype, told):
     monkeypatch.setattr(cuda, "get_device_name", lambda place: "a card")
     monkeypatch.setattr(cuda, "is_bf16_supported", lambda including_emulation: bf16)
     monkeypatch.setattr(cuda, "get_device_capability", lambda place: card)
-    device, chosen, line = rollout.choose_device("auto", "auto")
+    device, chosen, line = loading.choose_device("auto", "auto")
     assert (device.type, chosen) == ("cuda", dtype) and told in line.split("|")[1]
 
 
@@ -194,15 +195,15 @@ def test_apples_gpu_is_taken_only_if_asked_for_and_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for there in (True, False):
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=there: there)
-        assert rollout.choose_device("auto", "auto")[:2] == (CPU, "fp32")
+        assert loading.choose_device("auto", "auto")[:2] == (CPU, "fp32")
         if there:
-            device, dtype, line = rollout.choose_device("mps", "auto")
+            device, dtype, line = loading.choose_device("mps", "auto")
             assert (device.type, dtype) == ("mps", "fp32") and "not measured" in line.split("|")[0]
     with pytest.raises(ValueError, match="--device mps: .*no Apple GPU; use cpu or auto"):
-        rollout.choose_device("mps", "auto")
+        loading.choose_device("mps", "auto")
     for device in ("xpu", "mpss"):
         with pytest.raises(ValueError, match=f"--device {device} .*or mps"):
-            rollout.choose_device(device, "auto")
+            loading.choose_device(device, "auto")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
@@ -211,8 +212,8 @@ def test_matmuls_run_in_the_chosen_precision_on_fp32_weights(tiny, dtype):
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     with torch.no_grad(), lm.autocast():
         assert torch.nn.functional.linear(torch.ones(2, 4), torch.ones(3, 4)).dtype == kind
-    assert "not measured" not in rollout.choose_device("cpu", "fp32")[2]
-    assert ("not measured" in rollout.choose_device("cpu", dtype)[2]) == (dtype == "fp16")
+    assert "not measured" not in loading.choose_device("cpu", "fp32")[2]
+    assert ("not measured" in loading.choose_device("cpu", dtype)[2]) == (dtype == "fp16")
     ids, mask = generate(lm, [chat_ids(lm.tokenizer, "47+38")], 30, 0.0)
     assert decode(lm, ids, mask)[0].split() and next(lm.model.parameters()).dtype == torch.float32
 

@@ -12,7 +12,8 @@ from conftest import ROWS, VOCAB, small_model
 from torch.testing import assert_close
 
 from engine import sampling
-from engine.rollout import Loaded, generate, load
+from engine.loading import Loaded, load
+from engine.rollout import generate
 from tasks.data import chat_ids
 
 

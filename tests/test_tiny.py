@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from engine.loading import load
 from engine.metrics import measure
-from engine.rollout import load
 from tasks import tiny, world
 from tasks.data import Example
 

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 from engine import build, checkpoint, config, metrics, watch
 from engine.config import RECIPES, Config, make, parse
+from engine.loading import TINY
 from engine.parallel import ALONE
-from engine.rollout import TINY
 from tasks import world
 from tasks.data import Example
 
