@@ -1,0 +1,227 @@
+"""peers.py - the same work in another trainer: TRL's SDFTTrainer and GKDTrainer beside ours.
+
+    pip install --no-deps trl accelerate                 TRL is never a requirement
+    python -m experiments.peers                          accuracy and drift, 3 seeds
+    python -m experiments.peers --time                   seconds a step and memory, in turns (leave the machine alone meanwhile)
+
+Two programs that were written apart and end at the same accuracy and the same drift are the best evidence there is that both
+compute what they say. Equal in both: base model, questions and their order, prompts, batch, steps, AdamW, learning rate by step,
+gradient clipping, temperature, divergence, frozen teacher. Not equal, and left as it is:
+  - SDFTTrainer takes the mean of each answer's mean, ours the mean over the step's tokens (--normalizer sequence is theirs);
+  - GKDTrainer shows its teacher the student's prompt. `WithReference` puts the reference in, so that both teachers know the same;
+  - the random numbers: other answers are drawn.
+Both results are measured by eval.py, so no difference can come from the measuring.
+
+Depends on train.py, eval.py, TRL.   Try it:  python -m pytest tests/test_peers.py -q
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from torch.utils.data import SequentialSampler
+
+import train
+from engine import any_console, build
+from engine.config import Config, make
+from engine.loading import load
+from engine.rollout import right_pad, turn_end
+from experiments.study import spread
+from tasks.data import chat_ids, teacher_message
+
+ROOT = Path(__file__).parents[1]
+PAIRS = {"sd": "TRL's SDFTTrainer", "gkd": "TRL's GKDTrainer"}  # recipe -> who does the same
+
+
+class WithReference(nn.Module):
+    """A teacher for GKDTrainer, which hands over the student's input: the reference is put into the prompt, and the logits of the
+    answer come back where the student has them. `longer`: a student's prompt ids -> the teacher's.
+    """
+
+    def __init__(self, base: nn.Module, longer: dict[tuple, list[int]]):
+        super().__init__()
+        self.base, self.longer, self.lengths = base, longer, sorted({len(p) for p in longer})
+        self.config = base.config
+
+    def forward(self, input_ids, attention_mask):
+        """(B, T) twice -> .logits (B, T, V), zero in the prompt, where nobody looks."""
+        rows, places = [], []
+        for ids, seen in zip(input_ids, attention_mask.bool(), strict=True):
+            row, at = ids[seen].tolist(), seen.nonzero().squeeze(1)
+            n = next(n for n in self.lengths if tuple(row[:n]) in self.longer)
+            rows.append([*self.longer[tuple(row[:n])], *row[n:]])
+            places.append(at[n - 1 :])  # from the position that predicts the first token on
+        ids, mask = right_pad(rows, input_ids.device)
+        logits = self.base(input_ids=ids, attention_mask=mask).logits
+        out = logits.new_zeros(*input_ids.shape, logits.shape[-1])
+        for i, (row, place) in enumerate(zip(rows, places, strict=True)):
+            out[i, place] = logits[i, len(row) - len(place) : len(row)]
+        return SimpleNamespace(logits=out)
+
+
+def with_trl(cfg: Config, out: Path) -> list[float]:
+    """The run that `cfg` describes, in TRL; the model goes to `out`. -> seconds of each step."""
+    from datasets import Dataset
+    from transformers import TrainerCallback, set_seed
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            self.begun = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            seconds.append(time.perf_counter() - self.begun)
+
+    class InOrder(GKDTrainer):
+        def _get_train_sampler(self, dataset=None):
+            return SequentialSampler(dataset or self.train_dataset)
+
+    seconds: list[float] = []
+    set_seed(cfg.seed)
+    base = out / "base"  # SDFTTrainer reads its teacher from the folder of the student
+    load(cfg.model, torch.device("cpu")).save(base)
+    lm, (task, _) = load(str(base), torch.device("cpu")), build.task_of(cfg)
+    chosen = [task.train[i] for i in train.order(len(task.train), cfg.seed, 0, cfg.steps * cfg.batch)]
+    optimizer = torch.optim.AdamW(lm.model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: train.schedule(step, cfg))
+    common = dict(output_dir=str(out), max_steps=cfg.steps, per_device_train_batch_size=cfg.batch, max_grad_norm=cfg.grad_norm)
+    common |= dict(temperature=cfg.temperature, seed=cfg.seed, bf16=False, gradient_checkpointing=False, use_cpu=True)
+    common |= dict(report_to="none", save_strategy="no", logging_steps=1000, dataloader_pin_memory=False, disable_tqdm=True)
+    given = dict(model=lm.model, processing_class=lm.tokenizer, optimizers=(optimizer, rate), callbacks=[Clock])
+    if cfg.recipe == "sd":
+        template = teacher_message(task.wording, "{prompt}", "{privileged_context}")
+        rows = [{"prompt": [{"role": "user", "content": e.question}], "privileged_context": e.reference} for e in chosen]
+        settings = dict(distillation_mode="full_logits", distillation_alpha=0.0, distillation_is_clip=None, num_generations=1)
+        settings |= dict(max_completion_length=cfg.max_new_tokens, shuffle_dataset=False, teacher_prompt_template=template)
+        trainer = SDFTTrainer(args=SDFTConfig(**common, **settings), train_dataset=Dataset.from_list(rows), **given)
+    else:
+        student = [chat_ids(lm.tokenizer, e.question) for e in chosen]
+        teacher = [chat_ids(lm.tokenizer, teacher_message(task.wording, e.question, e.reference)) for e in chosen]
+        said = [[*lm.tokenizer(e.target or e.reference, add_special_tokens=False)["input_ids"], turn_end(lm)] for e in chosen]
+        rows = [{"prompt": lm.tokenizer.decode(p), "input_ids": p + s} for p, s in zip(student, said, strict=True)]
+        for row, s in zip(rows, said, strict=True):
+            row["completion_mask"] = [0] * (len(row["input_ids"]) - len(s)) + [1] * len(s)
+        reader = WithReference(load(str(base), torch.device("cpu")).model, dict(zip(map(tuple, student), teacher, strict=True)))
+        settings = dict(lmbda=cfg.on_policy, beta=cfg.alpha, max_new_tokens=cfg.max_new_tokens)
+        args = GKDConfig(**common, **settings)
+        trainer = InOrder(teacher_model=reader, args=args, train_dataset=Dataset.from_list(rows), **given)
+    trainer.train()
+    lm.save(out)
+    return seconds
+
+
+def with_ours(cfg: Config, out: Path) -> list[float]:
+    """The same run here. -> seconds of each step."""
+    cfg.out = str(out)
+    train.main(cfg)
+    steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [sum(value for key, value in step.items() if key.startswith("s_")) for step in steps]
+
+
+def one(side: str, recipe: str, seed: int, extra: dict, out: Path) -> None:
+    """One training, in a process of its own: its seconds a step and how far its memory rose go to <out>/cost.json."""
+    cfg = make(recipe, seed=seed, sample_every=0, teacher_every=0, **extra)
+    grown = (lambda: __import__("resource").getrusage(0).ru_maxrss / 1024) if sys.platform == "linux" else lambda: float("nan")
+    before = grown()
+    seconds = (with_trl if side == "trl" else with_ours)(cfg, out)
+    (out / "cost.json").write_text(json.dumps({"seconds": seconds, "mib": grown() - before, "threads": torch.get_num_threads()}))
+
+
+def start(side: str, recipe: str, seed: int, flags: list[str], out: Path) -> dict:
+    """`one` as a subprocess, unless it has been done. -> its cost. Raises ValueError with the last line of what went wrong."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "cost.json").exists():
+        command = [sys.executable, "-m", "experiments.peers", "--one", side, recipe, str(seed), str(out), *flags]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ValueError(f"{side} {recipe}, seed {seed}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return json.loads((out / "cost.json").read_text())
+
+
+def measured(out: Path, flags: list[str]) -> dict:
+    """What eval.py says of the model in `out`: accuracy in per cent, JSD to the base in nats a token."""
+    if not (out / "eval" / "eval.json").exists():
+        command = [sys.executable, "eval.py", "--model", str(out), "--base", "tiny", "--data", "tiny", "--out", str(out / "eval")]
+        subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, check=True)
+    report = json.loads((out / "eval" / "eval.json").read_text())
+    return report[0] if isinstance(report, list) else report
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Our trainer and TRL's on the same work, measured by eval.py. Stopped, the same command goes on."""
+    any_console()
+    parser = argparse.ArgumentParser(prog="peers.py", description=main.__doc__)
+    add = parser.add_argument
+    add("--recipes", nargs="+", choices=PAIRS, default=list(PAIRS), help="what is compared (default: sd and gkd)")
+    add("--seeds", type=int, default=3, help="seeds 0 ... N-1 (default: %(default)s)")
+    add("--steps", type=int, default=240, help="optimizer steps (default: %(default)s)")
+    add("--time", action="store_true", help="instead: seconds a step of 60 steps, ours and theirs in turns, --seeds times")
+    add("--out", default="runs/peers", help="folder of the runs; what is there is not run again (default: %(default)s)")
+    add("--one", nargs=4, metavar=("SIDE", "RECIPE", "SEED", "OUT"), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if not find_spec("trl"):
+        parser.exit(2, "peers.py: TRL is not installed: pip install --no-deps trl accelerate\n")
+    if args.one:
+        side, recipe, seed, out = args.one
+        one(side, recipe, int(seed), dict(steps=args.steps, **(dict(eval_size=1) if args.time else {})), Path(out))
+        return 0
+    folder, found = Path(args.out).resolve() / ("time" if args.time else "runs"), []
+    steps = min(args.steps, 60) if args.time else args.steps
+    flags = ["--steps", str(steps), *["--time"] * args.time]
+    try:
+        for seed in range(args.seeds):
+            for recipe in args.recipes:
+                for side in ("ours", "trl"):
+                    out = folder / f"{side}-{recipe}-seed{seed}"
+                    cost = start(side, recipe, seed, flags, out)
+                    row = {"recipe": recipe, "side": side, "seed": seed, "steps": steps, "threads": cost["threads"]}
+                    row |= {"step_seconds": statistics.median(cost["seconds"][5:] or cost["seconds"]), "mib": cost["mib"]}
+                    if not args.time:
+                        said = measured(out, [])
+                        row |= {"accuracy": said["accuracy"], "jsd": said["drift"]["jsd_to_base"]}
+                    found.append(row)
+                    print(json.dumps(row), flush=True)
+    except ValueError as error:
+        print(f"peers.py: {error}", file=sys.stderr)
+        return 2
+    about = {"trl": version("trl"), "torch": torch.__version__, "machine": platform.processor() or platform.machine()}
+    (folder.parent / f"{folder.name}.json").write_text(json.dumps({"about": about, "rows": found}, indent=1) + "\n")
+    print(table(found, args.time))
+    return 0
+
+
+def table(found: list[dict], timed: bool) -> str:
+    """Markdown: a row per recipe and trainer; mean ± half of a 95 % interval over seeds, or medians and the ratio in turns."""
+    lines = ["| recipe | trainer | s a step | ratio | memory, MiB |" if timed else "| recipe | trainer | accuracy | JSD to base |"]
+    lines += ["|---" * (5 if timed else 4) + "|"]
+    for recipe in dict.fromkeys(row["recipe"] for row in found):
+        sides = {side: [r for r in found if (r["recipe"], r["side"]) == (recipe, side)] for side in ("ours", "trl")}
+        for side, rows in sides.items():
+            name = "ours" if side == "ours" else PAIRS[recipe]
+            if timed:
+                ratios = [a["step_seconds"] / b["step_seconds"] for a, b in zip(rows, sides["trl"], strict=True)]
+                cells = [", ".join(f"{r['step_seconds']:.3f}" for r in rows), f"{statistics.median(ratios):.2f}"]
+                cells += [f"{statistics.median(r['mib'] for r in rows):.0f}"]
+            else:
+                cells = [
+                    "{:.{d}f} ± {:.{d}f}".format(*spread(r[key] for r in rows), d=d) for key, d in (("accuracy", 1), ("jsd", 4))
+                ]
+            lines.append(f"| {recipe} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())
