@@ -51,6 +51,9 @@ def train(run: Run, log, watch: Watch) -> None:
         chosen = [run.usable[n] for n in chosen[ranks.share(cfg.batch)]]  # this process' questions
         p, tally = [run.prompts[i] for i in chosen], {}
         ids, mask = write_answers(run, p, chosen, tally)
+        if cfg.micro_batch < len(p):  # a micro-batch is padded to its longest row: similar lengths go together
+            rows = sorted(range(len(p)), key=lambda i: len(p[i]["student"]) + int(mask[i].sum()))
+            p, ids, mask = [p[i] for i in rows], ids[rows], mask[rows]
         contexts = [[x["contexts"][k] for x in p] for k in range(len(p[0]["contexts"]))]
         student, teacher, negative = ([x[name] for x in p] for name in ("student", "teacher", "negative"))
         batch = Batch(student, teacher, negative, contexts, ids, mask)

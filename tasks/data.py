@@ -44,10 +44,7 @@ class Wording:
     """The words around an example; fields in braces are filled. The benchmarks share these, the tiny world has short ones."""
 
     # A model of 135 M parameters uses a reference in this wording; docs/real-models.md has those in which it did not.
-    teacher: str = (
-        "{question}\n\nA correct solution is:\n{reference}\n\n"
-        "Now write a solution of your own in the same form, with the same result."
-    )
+    teacher: str = "{question}\n\nA correct solution is:\n{reference}\n\nNow give the solution in the same form."
     demo: str = "[Solved example]\n{question}\n{answer}\n[End of example]"
     context: str = "{demos}\n\nNow your task, which is another one:\n\n{question}"
     instruction: str = "[General instruction]\n{instruction}\n\n{question}"
