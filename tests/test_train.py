@@ -111,10 +111,11 @@ def test_same_seed_same_run_and_the_micro_batch_does_not_matter(tmp_path):
 def test_a_micro_batch_holds_rows_of_similar_length(tmp_path, monkeypatch):
     """It is padded to its longest row: sorted, 64 rows of 70 to 1,424 tokens, four at a time, take 0.64 of the positions."""
     seen = []
-    spy = lambda model, prompts, ids, mask: (
+
+    def spy(model, prompts, ids, mask):
         seen.append([len(p) + n for p, n in zip(prompts, mask.sum(1).tolist(), strict=True)])
-        or unisd.read(model, prompts, ids, mask)
-    )
+        return unisd.read(model, prompts, ids, mask)
+
     monkeypatch.setattr(train, "read", spy)
     steps_of(tmp_path, "sd", **(FEW | dict(steps=1, micro_batch=2)))
     lengths = sum(seen, [])
