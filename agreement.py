@@ -1,7 +1,9 @@
 """agreement.py - how far may we trust this token?
 
-A teacher's opinion of a token may be an accident of the examples that stood in its prompt. So the *same* written tokens
-are read under K different contexts; where the K readings differ, the token (or the whole sequence) counts less.
+The teacher that gives D saw question and reference; its opinion of a token may be an accident of that one prompt. So the
+*same* written tokens are read under K further prompts: a solved example of another question, then the question with (by
+default) the same reference. The teacher's own reading is none of the K. Where the K differ, the token (or the whole
+sequence) counts less.
 UniSD (arXiv 2605.06597), eq. 2:
 
     l_t^k = log p_teacher(y_t | x, c_k, y_<t)          (K, B, T)  the written token's log-prob under context k
@@ -63,7 +65,9 @@ def token_weights(
         )
     # Why divide by q: it turns a disagreement into a comparison with the batch, 1 where the most disputed 5 % begin. So
     # gamma means the same for variance (nats squared) and range (nats). At gamma = 1, a token at q weighs 1/2; at the
-    # paper's .01 it weighs .99, and because of the cap no token weighs less than 1 / (1 + .01 * 10) = .91.
+    # paper's .01 it weighs .99, and because of the cap no token weighs less than 1 / (1 + .01 * 10) = .91: the floor acts
+    # only above gamma = 9.9. If more than 95 % of the tokens agree exactly, q is 1e-6, and every other one is at the cap.
+    # The trap: a disputed token is often the very one on which the reference has something to teach.
     scale = delta[mask].quantile(quantile).clamp(min=1e-6)
     weights = (1.0 / (1.0 + gamma * (delta / scale).clamp(max=cap))).clamp(min=floor)
     return torch.where(mask, weights, torch.ones_like(weights))
@@ -80,7 +84,7 @@ def sequence_weights(delta: Tensor, gamma: float) -> Tensor:
 
 @torch.no_grad()
 def coefficients(mask: Tensor, weights: Tensor, normalizer: str = "batch") -> Tensor:
-    """c_bt with weighted_mean = sum over b, t of c_bt D_bt.
+    """The coefficient c_bt of each token: weighted_mean = sum over b, t of c_bt D_bt.
 
     (B, T), (B, T) -> (B, T)
     "batch":     c_bt = m_bt w_bt / S,                 S   = sum over the whole batch of m w
@@ -107,6 +111,8 @@ def weighted_mean(per_token: Tensor, mask: Tensor, weights: Tensor, normalizer: 
     """Sum m w D / sum m w over the batch, or the official mean of per-sequence means.
 
     (B, T), (B, T), (B, T) -> ()
+    For notebooks, tests and ports. Training takes `coefficients` once a step (unisd.weigh), and unisd.objective sums
+    coefficient times D, which is the same.
     Differentiable in per_token, and in nothing else: a token's gradient is its coefficient.
     """
     # A masked token may hold nan or inf (a pad position): forget it, do not multiply it by 0.

@@ -1,7 +1,8 @@
 """ema.py - a slow copy of what is being trained.
 
-The teacher's weights are a running average of the student's. A frozen teacher never improves, and the student itself as
-teacher repeats its latest accident; an average follows slowly, and the noise of single steps cancels in it.
+With --teacher ema (the default is frozen) the teacher's weights are a running average of the student's. A frozen teacher
+never improves, and the student itself as teacher repeats its latest accident; an average follows slowly, and the noise of
+single steps cancels in it.
 UniSD (arXiv 2605.06597), eq. 3, every S optimizer steps:
 
     shadow <- decay * shadow + (1 - decay) * student            decay = the share of the OLD teacher that stays

@@ -11,7 +11,8 @@ share that ended by itself. `--out` receives eval.json, eval.md, a figure, answe
 and a cache of the generated tokens, which are used again only for the very same weights, prompts and settings. A task that
 cannot be loaded is named and left out; the others go on.
 
-Depends on metrics.py, world.py, benchmarks.py, jsonl.py, rollout.py, config.py.   Try it:  python -m pytest tests/test_eval.py -q
+What each number means stands at the top of engine/metrics.py, which measures them.
+Depends on engine/ and tasks/.   Try it:  python -m pytest tests/test_eval.py -q
 """
 
 import argparse

@@ -126,9 +126,9 @@ def likeliest(lm: Loaded, states: Tensor, head: Head, ids: Tensor, tau: float) -
     """How likely each written token was, and the five likeliest in its place. (n, H), (n,) -> n floats, n lists of (text, float)"""
     written, tops = [], []
     for piece in chunks(len(ids), 64):  # one distribution over Qwen's 151,936 tokens is 0.6 MB
-        p = head(states[piece], tau).exp()
-        written += token_logps(p, ids[piece]).tolist()
-        for values, tokens in zip(*p.topk(5), strict=True):
+        logps = head(states[piece], tau)
+        written += token_logps(logps, ids[piece]).exp().tolist()
+        for values, tokens in zip(*logps.exp().topk(5), strict=True):
             tops.append([(spell(lm, i), v) for i, v in zip(tokens.tolist(), values.tolist(), strict=True)])
     return written, tops
 

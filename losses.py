@@ -51,7 +51,8 @@ def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher || student), mode-covering: wherever the teacher puts mass, the student must put some.
 
     (..., V), (..., V) -> (...)
-    Descent pushes logit v by p_teacher(v) - p_student(v): from .01 towards .80 that is +.79, and never more than 1.
+    Descent pushes logit v by p_teacher(v) - p_student(v), never by more than 1. Token 3 of the example at the end, word B:
+    the student gives it .01 and the teacher .80, so the push is +.79.
     Cross-entropy on a label is the special case of a teacher that gives the label probability 1.
     """
     return kl(teacher, student)
@@ -61,9 +62,9 @@ def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(student || teacher), mode-seeking: the student may settle for one of the things the teacher might say.
 
     (..., V), (..., V) -> (...)
-    Descent pushes logit v by p_student(v) (KL - log(p_student(v) / p_teacher(v))). The first factor is the catch: from
-    .01 towards .80, at KL = 2.13, that is .01 (2.13 + 4.38) = +.07. What the student never says, it hardly learns.
-    Natural for tokens that the student wrote itself: the KL, too, is a mean over what the student would write.
+    Descent pushes logit v by p_student(v) (KL - log(p_student(v) / p_teacher(v))). The first factor is the catch: for the
+    same word B, at KL = 2.13, it is .01 (2.13 + 4.38) = +.07. What the student never says, it hardly learns.
+    It suits tokens that the student sampled: the KL, too, is an expectation under the student's own distribution.
     """
     return kl(student, teacher)
 
@@ -139,7 +140,8 @@ def quantile_ceiling(per_token: Tensor, mask: Tensor, q: float) -> Tensor:
     """A ceiling that follows the batch: the q-quantile of its unmasked divergences, at least 1e-6, without gradient.
 
     (B, T), (B, T) -> ()
-    It fixes a share instead of a number of nats: q = .95 clips the 5 % of the tokens furthest from the teacher.
+    It fixes a share instead of a number of nats: q = .95 clips the 5 % of the tokens furthest from the teacher. (1e-6: a
+    ceiling of 0, where nearly all tokens agree, would silence all the others.)
     """
     return per_token.detach()[mask.bool()].quantile(q).clamp(min=1e-6)
 
@@ -147,9 +149,10 @@ def quantile_ceiling(per_token: Tensor, mask: Tensor, q: float) -> Tensor:
 def contrastive(student: Tensor, positive: Tensor, negative: Tensor, margin: float) -> Tensor:
     """Eq. 5: be nearer to the teacher that saw the right reference than to the one that saw a wrong one.
 
-    (B, T), (B, T), (B, T) -> (B, T)
+    (...), (...), (...) -> (...)
     Inputs are log-probs of the *written* token; d+ = |student - positive|, d- = |student - negative|. The loss is
-    max(0, margin + d+ - d-): 0 once the negative is further away than the positive by the margin.
+    max(0, margin + d+ - d-): 0 once the negative is further away than the positive by the margin. Between the two it moves
+    the token's log-prob towards the right teacher: up where that one finds it likelier, else down.
     """
     # The trap is a dead zone: the gradient, sign(student - positive) - sign(student - negative), is 2 in size between
     # the teachers and exactly 0 outside. Student -2, positive -.5, negative -1: the loss is .5 + 1.5 - 1 = 1. Move the

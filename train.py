@@ -63,7 +63,9 @@ def train(run: Run, log, watch: Watch) -> None:
         # Until the `with` ends the model's parameters *are* the teacher's (ema.py lends them): a student's graph made before
         # would be walked back through the wrong weights.
         with run.lm.autocast(), run.teacher():
-            head = head_of(model, run.lm.vocab).detach()  # keeps pointing at the teacher's weights afterwards
+            # .detach() is a second tensor on the memory that the parameter has *now*, the teacher's. After the `with` the
+            # parameter points elsewhere, this one does not: step 4 makes the teacher's log-probs with it.
+            head = head_of(model, run.lm.vocab).detach()
             reader = PackedReader(model, head, batch, cfg.max_tokens_per_pass, cfg.chunk, tally)
             scores = score_teachers(reader, batch, cfg, with_contexts=cfg.agreement_budget >= 1)
 
@@ -119,16 +121,18 @@ def weigh_step(
 ) -> tuple[Weights, Tensor | float | None]:
     """`unisd.weigh` for a step that several processes share. -> this process' Weights, the ceiling of the clip.
 
+    The usual case is: gather mask and contexts, `weigh`, take our rows. The rest serves --agreement-budget (contexts for some
+    answers only) and --clip-quantile (a ceiling from the divergences as they are now).
     A quantile, a denominator and "the least certain quarter" are properties of the whole step. So each process' small tensors
     are gathered, the core computes with all of them as if it were alone, and each process takes its own rows of the result.
     `with teacher():` the model is the teacher; used where contexts are read for the least certain only (--agreement-budget).
     """
-    batch, contexts, compared, before = reader.batch, scores.contexts, reader.batch.mask, None
+    batch, contexts, compared, now = reader.batch, scores.contexts, reader.batch.mask, None
     adaptive = cfg.uses_agreement and contexts is None
     if (adaptive and cfg.uncertainty == "divergence") or (cfg.clip_quantile and cfg.w_div):
-        before = divergence_before(reader, scores, cfg)
+        now = divergence_before(reader, scores, cfg)
     if adaptive:
-        rows = least_certain(uncertainty(reader, scores, cfg, before, ranks), cfg.agreement_budget, ranks)
+        rows = least_certain(uncertainty(reader, scores, cfg, now, ranks), cfg.agreement_budget, ranks)
         with teacher():
             contexts = torch.stack([*reader(context_readings(batch, cfg, rows)).values()])
         compared = torch.zeros_like(batch.mask)
@@ -138,9 +142,9 @@ def weigh_step(
         contexts = ranks.gather(contexts.transpose(0, 1)).transpose(0, 1)
     whole = weigh(mask, cfg, contexts, ranks.gather(compared), dtype)
     weights = Weights(**{name: ranks.mine(x, batch.mask) for name, x in vars(whole).items()})
-    if not cfg.w_div:
-        return weights, None
-    return weights, quantile_ceiling(ranks.gather(before), mask, cfg.clip_quantile) if cfg.clip_quantile else cfg.clip or None
+    if cfg.w_div and cfg.clip_quantile:
+        return weights, quantile_ceiling(ranks.gather(now), mask, cfg.clip_quantile)
+    return weights, cfg.clip if cfg.w_div and cfg.clip else None
 
 
 def scaled(tokens: Tokens, scale: float) -> Tokens:

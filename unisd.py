@@ -1,15 +1,16 @@
 """unisd.py - the method: several readings of one answer become one scalar.
 
 A student wrote an answer. The same tokens are read again: by the student (question alone), by the teacher (question +
-reference), by the teacher under K other contexts (agreement), and by the teacher who was given a wrong reference (contrast).
+reference), by the teacher under K other contexts (each a solved example, then question + reference: agreement), and by the
+teacher who was given a wrong reference (contrast).
 UniSD (arXiv 2605.06597), eq. 1 with the clip of eq. 9, over all unmasked tokens t of one optimizer step:
 
-    L = sum_t share_t * w_div * min(D_t, kappa)                            share_t       = m_t w_t / sum m w
-      + sum_t plain_share_t * (w_contrast C_t + w_match F_t + w_nll N_t)   plain_share_t = m_t / sum m
+    L = sum_t share_t * w_div * min(D_t, kappa)                            share_t       = mask_t w_t / sum mask w
+      + sum_t plain_share_t * (w_contrast C_t + w_match F_t + w_nll X_t)   plain_share_t = mask_t / sum mask
 
-D divergence, C contrast, F features (losses.py), N = -log p_student(y_t) for the cross-entropy baselines; w reliability
-(agreement.py), m the completion mask. It exists because the method is *this sum*: every recipe of the paper's table is a
-setting of it, and everything else in the project only makes its inputs or makes it cheap.
+D divergence, C contrast, F features (losses.py), X = -log p_student(y_t), the cross-entropy of the baselines; w reliability
+(agreement.py). In the code m is a Mechanisms: what is switched on. It exists because the method is *this sum*: every
+recipe of the paper's table is a setting of it, and everything else in the project only makes its inputs or makes it cheap.
 
 Read in order: Mechanisms and RECIPES (what can be switched), read and score_teachers (who reads what), weigh (how far a token
 is trusted), objective (eq. 1). This file knows one process and whole tensors; engine/ calls the same functions on pieces of a
@@ -76,7 +77,8 @@ class Mechanisms:
 
 
 # Each row of the paper's table is what differs from plain on-policy self-distillation ("sd"). There is no code behind a name: a
-# recipe overrides settings of Mechanisms and of engine/config.py, and flags override the recipe.
+# recipe overrides settings of Mechanisms and of engine/config.py, and flags override the recipe. "sd" is every default: the
+# student's own answers, a *frozen* teacher (the model as it was), forward KL. docs/results.md says what each row is.
 RECIPES: dict[str, dict] = {
     # nothing is trained: the base alone, and with the reference in its prompt (the ceiling)
     "raw": dict(steps=0, epochs=0.0),
@@ -99,6 +101,7 @@ RECIPES: dict[str, dict] = {
     "match": dict(w_match=0.1),
     "match-repr": dict(w_div=0.0, w_match=1.0),
     "clip": dict(clip=10.0),
+    # "UniSD*", the paper's combination: EMA, token agreement, contrast, matching; no clip
     "unisd-star": dict(teacher="ema", ema_decay=0.98, agreement="token", w_contrast=0.01, margin=0.1, w_match=0.01),
 }
 
@@ -150,7 +153,7 @@ class Reading:
 class Scores:
     """What the teachers say of a step's answers, without gradient. None = nobody asked."""
 
-    states: Tensor | None = None  # (N, H) of the teacher who saw the reference; its head turns them into log-probs later
+    states: Tensor | None = None  # (N, H) of the teacher who saw the reference; engine/head.py makes log-probs of them, later
     negative: Tensor | None = None  # (B, T) log p(y_t) under the teacher who saw a wrong reference
     contexts: Tensor | None = None  # (K, B, T) log p(y_t) under each of the K contexts
 
@@ -162,7 +165,7 @@ def context_readings(batch: Batch, m: Mechanisms, rows: list[int] | None = None)
 
 @torch.no_grad()
 def score_teachers(read_all: Callable, batch: Batch, m: Mechanisms, with_contexts: bool = True) -> Scores:
-    """Let the teacher read the student's answers under every prompt that the settings need: the list of readings.
+    """Let the teacher read the student's answers under every prompt that the settings need, one Reading each.
 
     read_all(list of Reading) -> {name: Tensor}: `read_plainly` below, or engine/reading.py's, which packs all rows into few passes.
     Call it while the model *is* the teacher (`with run.teacher():`), and before the student's own pass.
@@ -170,7 +173,7 @@ def score_teachers(read_all: Callable, batch: Batch, m: Mechanisms, with_context
     readings, contexts = [], []
     if m.uses_teacher:
         # Its whole distribution is needed, but V numbers a token are too many to keep (V = 151,936 and 2,000 tokens: 1.2 GB).
-        # So its *state* is kept (H = 896 numbers a token), and the head makes log-probabilities of it when they are wanted.
+        # So its *state* is kept (H = 896 numbers a token); the head, the last layer (H -> V), is applied when they are wanted.
         readings.append(Reading("teacher", batch.teacher))
     if m.w_contrast:
         # One number a token is enough: the contrast looks at nothing but the token that was written.
@@ -213,8 +216,8 @@ class Weights:
     """Three numbers for each token, (B, T) each, all known before the first backward."""
 
     reliability: Tensor  # w in (0, 1], eq. 2; 1 where agreement is off
-    share: Tensor  # m w / sum m w: its part of the divergence
-    plain_share: Tensor  # m / sum m: its part of everything else
+    share: Tensor  # mask w / sum mask w: its part of the divergence
+    plain_share: Tensor  # mask / sum mask: its part of everything else
 
 
 @torch.no_grad()
@@ -223,8 +226,8 @@ def weigh(mask: Tensor, m: Mechanisms, contexts=None, compared=None, dtype=torch
 
     mask (B, T), contexts (K, B, T) -> (B, T) each
     compared (B, T): the tokens that the contexts did read, where these are fewer; the others keep w = 1.
-    Everything here is taken over the *whole optimizer step*: the quantile that scales w, and both denominators. A micro-batch
-    that divided by its own tokens would give a step of 10 + 1000 tokens, cut in two, ten tokens with half of the say.
+    Everything here is taken over the *whole optimizer step*: the quantile that scales w, and both denominators. If each
+    micro-batch divided by its own tokens, a step cut into 10 and 1000 of them would give the ten as much say as the thousand.
     Raises ValueError if every token is masked, or for K = 1 with variance.
     """
     ones = torch.ones(mask.shape, dtype=dtype if contexts is None else contexts.dtype, device=mask.device)
@@ -282,8 +285,9 @@ def divergence(student: Tensor, teacher: Tensor, ids: Tensor, m: Mechanisms) -> 
 
 
 def objective(student: Tensor, teacher: Tensor | None, tokens: Tokens, m: Mechanisms) -> tuple[Tensor, dict]:
-    """Eq. 1 for n tokens, as it is written in the paper. -> (loss (), {name: (n,)} without gradient, for the log)
+    """Eq. 1 for n tokens, all of it that looks at log-probabilities: D, C and X. The term F looks at states: `feature_matching`.
 
+    -> (loss (), {name: (n,)} without gradient, for the log)
     student (n, V), teacher (n, V) or None: log-probabilities at the distill temperature; only the student carries a gradient.
     It is a *sum* of terms that already hold their share of the step. So the losses, and gradients, of any pieces of a step add
     up to the step's: the trainer calls this for a few tokens at a time (engine/head.py), a notebook for all at once.
@@ -307,7 +311,7 @@ def objective(student: Tensor, teacher: Tensor | None, tokens: Tokens, m: Mechan
 
 
 def feature_matching(student: Tensor, teacher: Tensor, tokens: Tokens, m: Mechanisms) -> tuple[Tensor, dict]:
-    """Eq. 6 for n tokens: the part of eq. 1 that looks at states instead of log-probabilities. -> as `objective`
+    """Eq. 6 for n tokens: the part of eq. 1 that looks at states. `objective` and this, added up, are eq. 1. -> as `objective`
 
     (n, H), (n, H) -> (), {"match": (n,)}
     """
@@ -316,7 +320,7 @@ def feature_matching(student: Tensor, teacher: Tensor, tokens: Tokens, m: Mechan
 
 
 def example() -> None:
-    """One answer of three tokens through the whole objective, with four words for a vocabulary."""
+    """One answer of three tokens through agreement, clip and contrast, with four words for a vocabulary."""
     words, log = ["4", "2", "7", "end"], lambda probabilities: torch.tensor(probabilities).log()
     logits = log([[0.4, 0.2, 0.3, 0.1], [0.1, 0.5, 0.2, 0.2], [0.1, 0.1, 0.1, 0.7]]).requires_grad_()
     teacher = log([[0.8, 0.1, 0.05, 0.05], [0.1, 0.7, 0.1, 0.1], [0.1, 0.1, 0.1, 0.7]])
@@ -326,13 +330,13 @@ def example() -> None:
     weights = weigh(batch.mask, m, contexts)
     tokens = tokens_of(batch, Scores(negative=log([[0.3, 0.1, 0.7]])), weights, m.clip)
     loss, values = objective(logits.log_softmax(-1), teacher, tokens, m)
-    (push,) = torch.autograd.grad(loss, logits)
-    print("written  p student  p teacher       D  min(D, .3)     w   share       C  gradient of its logit")
+    push = -torch.autograd.grad(loss, logits)[0]  # where a step of descent moves the logits
+    print("written  p student  p teacher       D  min(D, .3)     w   share       C      push on its logit")
     for t, y in enumerate(tokens.ids.tolist()):
-        d = values["div"][t].item()
+        d, pushed = values["div"][t].item(), round(push[t, y].item(), 6) + 0.0  # + 0.0: no "-0.0000"
         print(
             f"{words[y]:<7}{logits[t, y].exp().item():11.2f}{teacher[t, y].exp():11.2f}{d:8.4f}{min(d, m.clip):12.4f}"
-            f"{weights.reliability[0, t]:6.2f}{tokens.share[t]:8.4f}{values['contrast'][t]:8.4f}{push[t, y]:23.4f}"
+            f"{weights.reliability[0, t]:6.2f}{tokens.share[t]:8.4f}{values['contrast'][t]:8.4f}{pushed:+23.4f}"
         )
     div, contrast = (tokens.share * values["div"].clamp(max=m.clip)).sum(), values["contrast"].mean()
     print(f"loss {loss.item():.4f} = sum of share * min(D, .3) {div:.4f} + 0.1 * mean C {contrast:.4f}")

@@ -28,7 +28,7 @@ class Example:
 
     task: str  # the family or benchmark: which scorer judges it, which row of the table it is counted in
     question: str  # the whole user message, options and format instructions included
-    reference: str  # the privileged worked solution, and SFT's target
+    reference: str  # what only the teacher sees: a solution, worked or terse; SFT's target too, unless `target` is given
     answer: Any = None  # what the scorer compares with
     negative: str = ""  # a plausible *wrong* reference, verified wrong, in the reference's own template
     target: str = ""  # what SFT imitates ("" = the reference)
