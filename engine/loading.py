@@ -155,10 +155,7 @@ def end_ids(model: nn.Module, tokenizer) -> list[int]:
 
 
 def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Loaded:
-    """A short name, a hub id or a folder -> a model ready to answer. Raises ValueError with the fix if it cannot serve.
-
-    Code from the hub is never run, and weights are read from safetensors only: nothing is unpickled.
-    """
+    """A short name, a hub id or a folder -> a model ready to answer. Raises ValueError with the fix if it cannot serve."""
     source = SHORT.get(name, name)
     adapter = Path(source) / "adapter_config.json"
     base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else source
@@ -180,7 +177,7 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
         fix = "save it again with save_pretrained, from the whole model and without a wrapper such as torch.compile"
         raise ValueError(f"--model {name}: its weights are not those that its config.json asks for: {found}; {fix}")
     eos, vocab = end_ids(model, tokenizer), max(tokenizer.get_vocab().values()) + 1  # ids may have holes: the largest counts
-    rows = min(len(table.weight) for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table)
+    rows = len(model.get_input_embeddings().weight)
     if not tokenizer.chat_template:
         fix = "use an instruct model, or set tokenizer.chat_template and save it"
         raise ValueError(f"--model {name}: its tokenizer has no chat template; {fix}")
@@ -236,9 +233,7 @@ def same_language(lm: Loaded, base: Loaded) -> None:
     chat = lambda x: (chat_ids(x.tokenizer, "x"), x.tokenizer.apply_chat_template(turn, tokenize=False))
     for what, of in (("tokenizer", lambda x: (x.vocab, x.tokenizer.get_vocab())), ("chat template", chat)):
         if of(lm) != of(base):
-            raise ValueError(
-                f"--base {base.name} has another {what} than {lm.name}, so they cannot be compared: give its true base"
-            )
+            raise ValueError(f"--base {base.name} has another {what} than --model {lm.name}: give its true base")
 
 
 def speaks_world(folder: str) -> bool:
