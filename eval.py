@@ -31,7 +31,7 @@ import torch
 
 from engine import any_console, metrics
 from engine.config import saved_settings
-from engine.loading import Loaded, choose_device, load
+from engine.loading import Loaded, choose_device, load, load_base
 from tasks.catalog import load_task
 from tasks.data import Task
 
@@ -225,7 +225,7 @@ def run(args, cache: Path) -> list[dict]:
     device, dtype, reason = choose_device(args.device, args.dtype)
     print(reason, file=sys.stderr)
     model = load(args.model, device)
-    base = load(args.base, device) if args.base else None
+    base = load_base(args.base, device, model) if args.base else None
     for lm in filter(None, (model, base)):
         lm.dtype, lm.sample_batch = dtype, args.sample_batch
     # A run's answers are measured at the length it was trained with.

@@ -3,7 +3,7 @@
 These are Config's own, with train.py's names, help and checks, so that an answer can be looked into under the very loss of a run.
 It exists apart so that explain.py can be about the answer.
 
-Depends on config.py, head.py, rollout.py, data.py.   Try it:  python explain.py --help
+Depends on config.py, loading.py.   Try it:  python explain.py --help
 """
 
 import argparse
@@ -11,9 +11,7 @@ import math
 from dataclasses import fields
 
 from engine.config import PRESETS, Config, add_flag, make
-from engine.head import check_head
-from engine.loading import SHORT, Loaded, choose_device, load, speaks_world
-from tasks.data import chat_ids
+from engine.loading import SHORT, Loaded, choose_device, load, load_base, speaks_world
 
 TEXTS = {
     "--question": "the same, by name",
@@ -77,12 +75,9 @@ def load_models(args: argparse.Namespace, cfg: Config) -> tuple[Loaded, Loaded]:
     """The student, and whoever teaches. Raises ValueError if a model cannot serve, or if their tokens differ."""
     device, dtype, _ = choose_device(cfg.device, cfg.dtype)
     lm = load(args.model, device)
-    base = load(args.base, device) if args.base else lm
+    base = load_base(args.base, device, lm) if args.base else lm
     for model in (lm, base):
         model.dtype = dtype
-        check_head(model.model, model.vocab, chat_ids(model.tokenizer, "1 + 1"))
-    if base.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
-        raise ValueError(f"--base {args.base} and --model {args.model} have different tokens: they cannot be compared")
     if "max_new_tokens" not in args:
         cfg.max_new_tokens = min(cfg.max_new_tokens, lm.context // 2)
     return lm, base

@@ -16,11 +16,10 @@ import torch
 from ema import EMA, half_life
 from engine import checkpoint, contexts, metrics, parallel, plan
 from engine.config import DEPARTURES, Config
-from engine.head import check_head
 from engine.loading import Loaded, choose_device, load
 from engine.parallel import ALONE, Alone, whole_layers
 from tasks import catalog, jsonl
-from tasks.data import Task, chat_ids
+from tasks.data import Task
 
 
 class AdapterOff:
@@ -142,7 +141,6 @@ def start(cfg: Config, out: Path) -> Run:
     task, manifest = found or task_of(cfg)
     metrics.warn_of_foreign_words(lm, task)
     model = lm.model
-    check_head(model, lm.vocab, chat_ids(lm.tokenizer, "1 + 1"))
     room = lm.context - cfg.max_new_tokens
     if room < 16:
         raise ValueError(f"--max-new-tokens {cfg.max_new_tokens} leaves no room in the model's context of {lm.context}: lower it")

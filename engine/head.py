@@ -34,6 +34,7 @@ class Head:
     vocab: int  # V: how many tokens the tokenizer has
     bias: Tensor | None = None  # (V or more,)
     softcap: float | None = None  # Gemma 2: logits = cap * tanh(logits / cap)
+    scale: float = 1.0  # before the cap. Granite: logits / logits_scaling; Cohere: logits * logit_scale
 
     def __call__(self, states: Tensor, temperature: float = 1.0) -> Tensor:
         """Whole log-probabilities at once, for a few tokens; no gradient reaches the head's weights. (n, H) -> (n, V)"""
@@ -49,7 +50,7 @@ class Head:
         kind = states.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
         cast = lambda x: None if x is None else x.detach()[: self.vocab].to(dtype)
-        return Head(cast(self.weight), self.vocab, cast(self.bias), self.softcap)
+        return replace(self, weight=cast(self.weight), bias=cast(self.bias))
 
     def logits(self, states: Tensor) -> Tensor:
         """Through a ready head. (n, H) -> (n, V)"""
@@ -60,6 +61,8 @@ class Head:
         # Wide before the softmax: a bf16 log-softmax is off by up to 0.09 nats at V = 152k. What stays under autocast is the
         # rounding of the logits themselves, about 0.01 nats on average. float64 stays float64.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.scale != 1.0:
+            logits = logits * self.scale
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return (logits / temperature if temperature != 1.0 else logits).log_softmax(-1)
@@ -67,23 +70,36 @@ class Head:
 
 def head_of(model: nn.Module, vocab: int) -> Head:
     """The model's own head; references to its parameters, not copies."""
-    linear = model.get_output_embeddings()
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return Head(linear.weight, vocab, getattr(linear, "bias", None), softcap)
+    linear, config = model.get_output_embeddings(), model.config.get_text_config()
+    factor = lambda name: getattr(config, name, None) or 1.0
+    scale = factor("logit_scale") * factor("lm_head_multiplier") / factor("logits_scaling")
+    return Head(linear.weight, vocab, getattr(linear, "bias", None), getattr(config, "final_logit_softcapping", None), scale)
+
+
+def agree(ours: Tensor, theirs: Tensor, otherwise: str) -> None:
+    """Raises ValueError if two ways to the same logits differ by 5 % of their spread (rounding: 1e-5 in fp32, 1e-2 in bf16)."""
+    if not theirs.isfinite().all():
+        raise ValueError("its logits are not finite: its weights are broken")
+    ours, theirs = (x.float().log_softmax(-1) for x in (ours, theirs))
+    off = (ours - theirs).norm() / (theirs - theirs.mean(-1, keepdim=True)).norm()
+    if not off < 0.05:
+        raise ValueError(f"{otherwise} (off by {100 * off:.0f} %)")
 
 
 @torch.no_grad()
 def check_head(model: nn.Module, vocab: int, prompt: list[int]) -> None:
-    """Do states and head together say what the model itself says? Raises ValueError if not (some models scale their logits)."""
+    """Do states and head together say what the model itself says, whatever comes later in a row? Raises ValueError if not."""
     ids = torch.tensor([prompt], device=model.get_input_embeddings().weight.device)
-    theirs = model(input_ids=ids, use_cache=False).logits[0, -1, :vocab].float().log_softmax(-1)
-    states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, -1:]
-    off = (head_of(model, vocab)(states)[0] - theirs).abs().max().item()
-    if not off < 0.1:
-        raise ValueError(
-            f"--model: its logits are not its head applied to its last states (log-probs differ by {off:.2f}): "
-            "it scales or changes them in a way that engine/head.py does not know; add it there"
-        )
+    head, decoder = head_of(model, vocab), model.get_decoder()
+    states = decoder(input_ids=torch.cat([ids, ids[:, :3]], 1), use_cache=False).last_hidden_state[0, : len(prompt)]
+    # Asked about states so large that the model is very sure (logits of 30): there a soft cap of any name shows.
+    large = 30 / (head.scale * head.ready(states).logits(states)).abs().max()
+    hook = decoder.register_forward_hook(lambda _, args, out: setattr(out, "last_hidden_state", out.last_hidden_state * large))
+    try:
+        theirs = model(input_ids=ids, use_cache=False).logits[0, :, :vocab]
+    finally:
+        hook.remove()
+    agree(head(states * large), theirs, "it scales or changes its logits in a way that engine/head.py does not know")
 
 
 def chunks(n: int, size: int) -> list[slice]:

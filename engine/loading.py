@@ -9,7 +9,10 @@ Depends on torch, transformers, parallel.py.   Try it:  python -m pytest tests/t
 
 import importlib.util
 import json
+import logging
 import os
+import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +21,15 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from engine.head import check_head
 from engine.parallel import ALONE, Alone
+from engine.sampling import check_company
+from tasks.data import chat_ids
 
 transformers.utils.logging.disable_progress_bar()  # loading half a second of weights needs no bar
+# Its page about weights that do not fit: `load` refuses them in one line.
+_report = logging.getLogger("transformers.modeling_utils")
+_report.addFilter(lambda r: not re.search("LOAD REPORT|seem corrupted", str(r.msg)))
 
 TINY = Path(__file__).parents[1] / "tasks" / "tiny-base"
 SHORT = {  # short names; the id they stand for is printed and saved
@@ -128,8 +137,12 @@ class Loaded:
 
     @property
     def context(self) -> int:
-        """The longest sequence the model takes."""
-        return self.model.config.get_text_config().max_position_embeddings
+        """The longest sequence the model takes, and reads the same in any company."""
+        config = self.model.config.get_text_config()
+        rope = getattr(config, "rope_parameters", None) or {}
+        # LongRoPE reads a whole batch in another way as soon as one row is longer than this. (Dynamic NTK: than the context.)
+        long = [r for r in (rope, *rope.values()) if isinstance(r, dict) and r.get("rope_type") == "longrope"]
+        return min([config.max_position_embeddings, *(r["original_max_position_embeddings"] for r in long)])
 
 
 def end_ids(model: nn.Module, tokenizer) -> list[int]:
@@ -142,37 +155,85 @@ def end_ids(model: nn.Module, tokenizer) -> list[int]:
 
 
 def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Loaded:
-    """A short name, a hub id or a folder -> a model ready to answer. Raises ValueError with the fix if it cannot serve.
-
-    Code from the hub is never run, and weights are read from safetensors only: nothing is unpickled.
-    """
+    """A short name, a hub id or a folder -> a model ready to answer. Raises ValueError with the fix if it cannot serve."""
     source = SHORT.get(name, name)
     adapter = Path(source) / "adapter_config.json"
     base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else source
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False, use_safetensors=True)
-    except (OSError, ValueError, ImportError) as error:
+        how = dict(trust_remote_code=False, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
+        model, report = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **how)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a broken file ends in whatever its reader happens to raise
         packaged = from_package(base, dtype)  # an adapter's tokenizer is that of its base
         if not packaged:
             raise ValueError(explain_missing(name, source, error)) from error
-        tokenizer, model = packaged
-    eos, vocab, rows = end_ids(model, tokenizer), len(tokenizer), model.get_input_embeddings().weight.shape[0]
+        tokenizer, model, report = packaged
+    wrong = {kind: sorted(report[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
+    if any(wrong.values()):  # transformers would go on, with random weights in their place
+        first = lambda key: key[0] if isinstance(key, tuple) else key
+        found = ", ".join(f"{len(keys)} {kind} (first {first(keys[0])})" for kind, keys in wrong.items() if keys)
+        fix = "save it again with save_pretrained, from the whole model and without a wrapper such as torch.compile"
+        raise ValueError(f"--model {name}: its weights are not those that its config.json asks for: {found}; {fix}")
+    eos, vocab = end_ids(model, tokenizer), max(tokenizer.get_vocab().values()) + 1  # ids may have holes: the largest counts
+    rows = len(model.get_input_embeddings().weight)
     if not tokenizer.chat_template:
         fix = "use an instruct model, or set tokenizer.chat_template and save it"
         raise ValueError(f"--model {name}: its tokenizer has no chat template; {fix}")
     if rows < vocab:
         fix = f"call model.resize_token_embeddings({vocab}) and save it"
-        raise ValueError(f"--model {name}: {rows} embeddings but {vocab} tokens in the tokenizer; {fix}")
+        raise ValueError(f"--model {name}: {rows} embeddings but ids up to {vocab - 1} in the tokenizer; {fix}")
     if not eos:
         endless = "no end-of-text id in its tokenizer or generation config, so an answer would never end; set eos_token_id"
         raise ValueError(f"--model {name}: {endless}")
+    if strange := [i for i in eos if not 0 <= i < vocab]:
+        fix = "set eos_token_id in generation_config.json"
+        raise ValueError(f"--model {name}: its end-of-text id {strange[0]} is no token, ids go from 0 to {vocab - 1}; {fix}")
     lm = Loaded(model.to(device), tokenizer, eos, vocab, source)
     if adapter.exists():
         import peft
 
         lm.adapter = peft.PeftModel.from_pretrained(model, source, use_safetensors=True)
+    try_out(lm, name)
     return lm
+
+
+def try_out(lm: Loaded, name: str) -> None:
+    """Read and answer one short prompt. Raises ValueError if this architecture cannot do all that a run will ask of it."""
+    try:
+        prompt = chat_ids(lm.tokenizer, "1 + 1")
+        check_head(lm.model, lm.vocab, prompt)
+        check_company(lm.model, prompt)
+        if not (longest := getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)):
+            raise ValueError("its config has no max_position_embeddings, the longest text it takes")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # each kind of model fails in its own way
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"--model {name}: {type(lm.model).__name__} is not supported: {why}; use another model") from error
+    if lm.context < longest:
+        why = f"beyond {lm.context} tokens (of {longest}) its LongRoPE reads a row by the longest one beside it"
+        warnings.warn(f"--model {name}: {why}, so prompt and answer are held to {lm.context}", stacklevel=3)
+
+
+def load_base(name: str, device: torch.device, lm: Loaded) -> Loaded:
+    """`load` for a --base that `lm` is compared with. Raises ValueError if it cannot serve, or has other tokens or prompts."""
+    try:
+        base = load(name, device)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--model", "--base", 1)) from error
+    same_language(lm, base)
+    return base
+
+
+def same_language(lm: Loaded, base: Loaded) -> None:
+    """Raises ValueError unless the same ids mean the same to both, and the same question is the same prompt."""
+    turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    chat = lambda x: (chat_ids(x.tokenizer, "x"), x.tokenizer.apply_chat_template(turn, tokenize=False))
+    for what, of in (("tokenizer", lambda x: (x.vocab, x.tokenizer.get_vocab())), ("chat template", chat)):
+        if of(lm) != of(base):
+            raise ValueError(f"--base {base.name} has another {what} than --model {lm.name}: give its true base")
 
 
 def speaks_world(folder: str) -> bool:
@@ -183,7 +244,7 @@ def speaks_world(folder: str) -> bool:
 
 
 def from_package(source: str, dtype: torch.dtype) -> tuple | None:
-    """(tokenizer, model) of a hub id that a Python package carries, if that is installed; the package's own code is not run.
+    """(tokenizer, model, its loading report) of a hub id that an installed package carries, whose own code is not run; or None.
 
     Its weights are rounded to about 5 bits (GGUF Q4_1), so they are close to the hub's and not the same.
     Raises ValueError if what reads such a file is missing.
@@ -195,19 +256,19 @@ def from_package(source: str, dtype: torch.dtype) -> tuple | None:
     folder = Path(found.origin).parent
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=dtype)
+        model, report = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=dtype, output_loading_info=True)
     except ImportError as error:
         raise ValueError(f"{source} lies in the package {package}, and {REAL} brings what reads it") from error
     del model.config.quantization_config  # it is dequantized already: with these two it could not be saved, or not read again
     model.hf_quantizer = None
     model.config.name_or_path = source
     print(f"{source}: from the package {package} ({file}), since the hub has not answered")
-    return tokenizer, model
+    return tokenizer, model, report
 
 
 def explain_missing(name: str, source: str, error: Exception) -> str:
     """One line for the usual reasons why a model cannot be loaded."""
-    text = str(error)
+    text = str(error) or type(error).__name__
     if os.path.isdir(source) and (Path(source) / "settings.json").exists():
         return (
             f"--model {name}: that run has not finished; go on with it by python train.py --out {source} --resume, or give the "

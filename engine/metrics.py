@@ -30,7 +30,7 @@ from torch import Tensor
 
 import losses
 from engine.head import chunks, each_token, head_of, sampled_logps
-from engine.loading import Loaded, speaks_world
+from engine.loading import Loaded, same_language, speaks_world
 from engine.parallel import whole_layers
 from engine.reading import passes
 from engine.rollout import decode, generate, right_pad, turn_end
@@ -180,9 +180,8 @@ def ended(lm: Loaded, ids: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def drift(tuned: Loaded, base: Loaded, task: Task, examples: Sequence[Example], limit: int = 0, cache: Path | None = None) -> dict:
-    """How far `tuned` is from `base` (see the top of the file). Raises ValueError if they do not share one tokenizer."""
-    if tuned.vocab != base.vocab:
-        raise ValueError(f"--base {base.name} has another tokenizer ({base.vocab} tokens, not {tuned.vocab}): give its true base")
+    """How far `tuned` is from `base` (see the top of the file). Raises ValueError if their tokens or prompts differ."""
+    same_language(tuned, base)
     limit = limit or task.max_new_tokens
     prompts = prompts_for(tuned, task, examples, False, limit)
     said = answers(base, prompts, limit, cache)

@@ -6,7 +6,7 @@ end at different lengths, and a row that has ended would cost as much as one tha
 And a token is drawn with a random number that was *given* for its row and position (`Draw`), so that the answer to a
 prompt does not depend on what else is in the batch.
 
-Depends on torch and transformers.   Try it:  python -m pytest tests/test_sampling.py -q
+Depends on torch, transformers, head.py.   Try it:  python -m pytest tests/test_sampling.py -q
 Shapes: B prompts, W their padded width, T new tokens, V vocabulary.
 """
 
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput
+
+from engine.head import agree
 
 # transformers renamed the argument and the output in the middle of its version 5.
 CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
@@ -142,3 +144,18 @@ def answering(model: nn.Module, config: GenerationConfig):
     finally:
         model.generation_config = own
         model.train(was_training)
+
+
+@torch.no_grad()
+def check_company(model: nn.Module, prompt: list[int]) -> None:
+    """Does a padded row, token by token through a cache, get the logits that it gets alone and at once? ValueError if not."""
+    device, short, forced = model.get_input_embeddings().weight.device, prompt[len(prompt) // 2 :], prompt[0]
+    pads = [0] * (len(prompt) - len(short))
+    ids, mask = torch.tensor([[prompt, pads + short], [[1] * len(prompt), pads + [1] * len(short)]], device=device)
+    settings = dict(pad_token_id=0, do_sample=False, use_cache=True, return_dict_in_generate=True, output_logits=True)
+    config = GenerationConfig(max_new_tokens=3, **settings)
+    force = lambda _, scores: torch.full_like(scores, -torch.inf).index_fill(1, ids[0, :1], 0.0)
+    with answering(model, config):
+        out = model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([force]))
+        theirs = model(input_ids=torch.tensor([short + [forced] * 2], device=device), use_cache=False).logits[0, -3:]
+    agree(torch.stack(out.logits)[:, 1], theirs, "in a padded batch, token by token, it says something else of a prompt than alone")

@@ -393,7 +393,7 @@ def test_a_talk_with_another_model_has_no_references(command_with, monkeypatch, 
         (["--reference", "161"], "belong to a question: add --question"),
         (["89+72", "--model", "no/such"], "--reference is needed"),
         (["89+72", "--reference", "161", "--model", "./none"], "--model ./none: there is no folder ./none"),
-        (["89+72", "--base", "./none"], "--model ./none: there is no folder"),
+        (["89+72", "--base", "./none"], "--base ./none: there is no folder"),
         (["89+72", "--reference", "161", "--model", "no/such", "--contexts", "3"], "--contexts 3 needs solved examples"),
         (["89+72", "--contexts", "1"], "--contexts 1 with --agreement token"),
         (["89+72", "--contexts", "-1"], "--contexts -1 is negative"),
@@ -429,9 +429,9 @@ def test_refusals_are_one_line_and_code_2(argv, message, lm, monkeypatch, capsys
 def test_a_base_with_other_tokens_is_refused(lm, monkeypatch, capsys):
     other = load("tiny", CPU)
     other.tokenizer.add_tokens(["<new>"])
-    monkeypatch.setattr("engine.asking.load", lambda name, device: lm if name == "tiny" else other)
+    monkeypatch.setattr("engine.loading.load", lambda name, device: other)
     assert command.main(["89+72", "--base", "other", "--device", "cpu"]) == 2
-    assert "--base other and --model tiny have different tokens" in capsys.readouterr().err
+    assert f"--base {other.name} has another tokenizer than --model {lm.name}" in capsys.readouterr().err
 
 
 def test_a_stop_and_a_full_device_are_one_line(lm, monkeypatch, capsys):

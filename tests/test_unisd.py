@@ -386,9 +386,25 @@ def test_a_ceiling_without_a_divergence_is_no_ceiling(model):
 
 def test_a_head_that_is_not_the_models_own_is_noticed(model):
     check_head(model, VOCAB, [5, 6, 7])
-    model.lm_head.register_forward_hook(lambda _, args, out: out * 0.5)  # as models do that scale their logits
-    with pytest.raises(ValueError, match="scales or changes"):
-        check_head(model, VOCAB, [5, 6, 7])
+    for change in (lambda x: x * 0.5, lambda x: 30 * torch.tanh(x / 30), lambda x: x + x.roll(1, -1)):
+        hook = model.lm_head.register_forward_hook(lambda _, args, out, change=change: change(out))
+        with pytest.raises(ValueError, match="scales or changes"):
+            check_head(model, VOCAB, [5, 6, 7])
+        hook.remove()
+
+
+def test_a_scaled_head_has_the_gradient_of_the_plain_formula():
+    """Granite and Cohere scale their logits, Gemma caps them: what a chunk's gradient goes back through by hand is linear still."""
+    student, teacher, (weight, teacher_weight), tokens = uneven(9)
+    student.requires_grad_(), weight.requires_grad_()
+    head, other = (Head(w, 11, softcap=3.0, scale=0.4) for w in (weight, teacher_weight))
+    logps = lambda x, w: (3 * torch.tanh(0.4 * (x @ w[:11].T) / 3) / EVERYTHING.distill_temperature).log_softmax(-1)
+    expected, _ = objective(logps(student, weight), logps(teacher, teacher_weight), tokens, EVERYTHING)
+    expected = expected + feature_matching(student, teacher, tokens, EVERYTHING)[0]
+    loss, _ = chunked_objective(student, head, teacher, other, tokens, EVERYTHING, chunk=4)
+    assert_close(loss, expected, **EXACT)
+    for x, y in zip(*(torch.autograd.grad(each, (student, weight)) for each in (loss, expected)), strict=True):
+        assert_close(x, y, **EXACT)
 
 
 # --- one formula: the plain objective, and the trainer's way to the same number --------------------------------------
