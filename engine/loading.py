@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -146,13 +147,18 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
 
     Code from the hub is never run, and weights are read from safetensors only: nothing is unpickled.
     """
-    source = SHORT.get(name, name)
+    source = base = SHORT.get(name, name)
     adapter = Path(source) / "adapter_config.json"
-    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else source
     try:
+        if adapter.exists():
+            base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        for folder in (source, base):
+            refuse_pointers(Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False, use_safetensors=True)
-    except (OSError, ValueError, ImportError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # what a damaged file raises depends on who reads it
         packaged = from_package(base, dtype)  # an adapter's tokenizer is that of its base
         if not packaged:
             raise ValueError(explain_missing(name, source, error)) from error
@@ -169,17 +175,31 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
         raise ValueError(f"--model {name}: {endless}")
     lm = Loaded(model.to(device), tokenizer, eos, vocab, source)
     if adapter.exists():
-        import peft
+        try:
+            import peft
 
-        lm.adapter = peft.PeftModel.from_pretrained(model, source, use_safetensors=True)
+            lm.adapter = peft.PeftModel.from_pretrained(model, source, use_safetensors=True)
+        except Exception as error:
+            raise ValueError(explain_missing(name, source, error)) from error
     return lm
+
+
+def refuse_pointers(folder: Path) -> None:
+    """Raises ValueError if a file that is read is not there itself, but what Git LFS left in its place: a template, say, of three
+    lines about nothing, which would be every prompt.
+    """
+    for file in (f for kind in ("model*.safetensors", "adapter*.safetensors", "*.json", "*.jinja") for f in folder.glob(kind)):
+        if file.is_file() and file.open("rb").read(40).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` there")
 
 
 def speaks_world(folder: str) -> bool:
     """Is this a model of the tiny world, trained or not? It is known by its vocabulary."""
-    files = [Path(f) / "tokenizer.json" for f in (folder, TINY)]
-    vocab = lambda file: json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"]
-    return files[0].exists() and vocab(files[0]) == vocab(files[1])
+    vocab = lambda of: json.loads((Path(of) / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    try:
+        return vocab(folder) == vocab(TINY)
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or no whole one: `load` says so
+        return False
 
 
 def from_package(source: str, dtype: torch.dtype) -> tuple | None:
@@ -207,8 +227,9 @@ def from_package(source: str, dtype: torch.dtype) -> tuple | None:
 
 def explain_missing(name: str, source: str, error: Exception) -> str:
     """One line for the usual reasons why a model cannot be loaded."""
-    text = str(error)
-    if os.path.isdir(source) and (Path(source) / "settings.json").exists():
+    text = str(error) or type(error).__name__
+    text += "; copy it again, or download it whole" if isinstance(error, SafetensorError) else ""
+    if os.path.isdir(source) and (Path(source) / "settings.json").exists() and not any(Path(source).glob("*config.json")):
         return (
             f"--model {name}: that run has not finished; go on with it by python train.py --out {source} --resume, or give the "
             "checkpoint-<step> folder in it"
