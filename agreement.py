@@ -90,8 +90,8 @@ def coefficients(mask: Tensor, weights: Tensor, normalizer: str = "batch") -> Te
     "batch":     c_bt = m_bt w_bt / S,                 S   = sum over the whole batch of m w
     "sequence":  c_bt = m_bt w_bt / (B max(S_b, 1)),   S_b = sum over sequence b of m w            (the official form)
     They depend on masks and weights only, so they are known before the first backward, and a step may be cut into
-    micro-batches in any way: the parts add up to the same sum. Raises ValueError if every token is masked, or for an
-    unknown normalizer.
+    micro-batches in any way: the parts add up to the same sum. If all weights are 0 (they underflow), so is all of c.
+    Raises ValueError if every token is masked, or for an unknown normalizer.
     """
     # The trap: with "sequence", a weight that all tokens of a sequence share is in both sums, and cancels. Two tokens
     # of D = 3: at weight 1, (3 + 3) / (1 + 1) = 3; at weight .5, (.5 * 3 + .5 * 3) / (.5 + .5) = 3 again.
@@ -101,6 +101,8 @@ def coefficients(mask: Tensor, weights: Tensor, normalizer: str = "batch") -> Te
     if not mask.bool().any():
         raise ValueError("every token is masked: the loss would be 0/0 (is max_new_tokens too small, or was the completion cut?)")
     if normalizer == "batch":
+        if not masked_weights.any():
+            return masked_weights
         return masked_weights / masked_weights.sum()
     if normalizer == "sequence":
         return masked_weights / masked_weights.sum(-1, keepdim=True).clamp(min=1.0) / len(masked_weights)

@@ -17,9 +17,11 @@ Depends on engine/ and tasks/.   Try it:  python -m pytest tests/test_eval.py -q
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import warnings
+from datetime import date
 from itertools import compress
 from pathlib import Path
 
@@ -27,10 +29,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import torch
 
-from engine import any_console, metrics
-from engine.config import saved_settings
+from engine import any_console, checkpoint, metrics
+from engine.config import Config, check, saved_settings
 from engine.loading import Loaded, choose_device, load, load_base
 from tasks.catalog import load_task
 from tasks.data import Task
@@ -59,7 +60,8 @@ def evaluate(model: Loaded, base: Loaded | None, task: Task, limit: int, cache: 
         raise ValueError(f"--task {task.name}: no question fits beside an answer of {limit} tokens; lower --max-new-tokens")
     print(f"{task.name}: {len(task.test)} questions, in answers of up to {limit} tokens", file=sys.stderr)
     metrics.warn_of_foreign_words(model, task)
-    report = {"task": task.name, "n": len(task.test), "model": one_model(model, task, limit, cache)}
+    report = {"task": task.name, "n": len(task.test), "date": getattr(model.tokenizer, "today", "")}
+    report["model"] = one_model(model, task, limit, cache)
     if base:
         report["base"] = one_model(base, task, limit, cache)
         scored = [e.answer is not None for e in task.test]
@@ -155,45 +157,61 @@ def main(argv: list[str] | None = None) -> int:
     """Held-out accuracy of any checkpoint, alone and with the reference; with --base also how far it has drifted from it."""
     how = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(prog="eval.py", description=main.__doc__, formatter_class=how, allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="short name, hub id, or folder (a run's --out)")
-    parser.add_argument("--base", default="", help="compare with this model and measure drift from it ('' = do not)")
+    path = dict(type=os.path.expanduser)
+    parser.add_argument("--model", required=True, help="short name, hub id, or folder (a run's --out)", **path)
+    parser.add_argument("--base", default="", help="compare with this model and measure drift from it ('' = do not)", **path)
     what = f"tiny, bfcl, a benchmark, a .jsonl file (its test questions), or all ({', '.join(TABLE_1)})"
-    parser.add_argument("--task", "--data", default="tiny", help=what)  # --data: as train.py calls it
+    parser.add_argument("--task", "--data", default="tiny", help=what, **path)  # --data: as train.py calls it
     many = "questions per family of the tiny world, else per task (0 = all; the tiny world has no end: 100)"
     parser.add_argument("--size", type=at_least(0), default=100, help=many)
     parser.add_argument("--max-new-tokens", type=at_least(0), default=0, help="longest answer (0 = the run's, else the task's)")
     parser.add_argument("--sample-batch", type=at_least(1), default=256, help="prompts answered together; bounds memory")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="matmul precision")
-    parser.add_argument("--out", default="", help="folder for eval.json, eval.md, eval.png and the answers ('' = only print)")
-    args = parser.parse_args(argv)
+    parser.add_argument("--date", default="", help="the day that chat templates with a date show ('' = the run's, else today)")
+    where = "folder for eval.json, eval.md, eval.png and the answers ('' = only print)"
+    parser.add_argument("--out", default="", help=where, **path)
     any_console()
+    args = parser.parse_args(argv)
     warnings.formatwarning = lambda message, *_, **__: f"eval.py: {message}\n"
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
             reports = run(args, Path(args.out or scratch) / "answers")
-        except torch.OutOfMemoryError:
-            print("eval.py: the device is out of memory: lower --sample-batch or --max-new-tokens", file=sys.stderr)
-            return 2
-        except ValueError as error:
-            print(f"eval.py: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("eval.py: stopped; answers in --out are used again by the same command", file=sys.stderr)
-            return 130
-    text = "\n\n".join(map(one_task, reports))
-    if len(reports) > 1:
-        text = table_1(reports) + "\n\n" + text
+        text = "\n\n".join(map(one_task, reports))
+        if len(reports) > 1:
+            text = table_1(reports) + "\n\n" + text
+        try:
+            if args.out:
+                with checkpoint.disk("the report", "free space and start again: answers in --out are used again"):
+                    write(reports, text, Path(args.out))
+        finally:
+            print(text)
+        return 0
+    except KeyboardInterrupt:
+        print("eval.py: stopped; answers in --out are used again by the same command", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return checkpoint.complain("eval.py", error, "the device is out of memory: lower --sample-batch or --max-new-tokens")
+
+
+def write(reports: list[dict], text: str, out: Path) -> None:
+    """What --out receives, the answers in a file of their own."""
     answers = [row for report in reports for row in report.pop("answers")]
-    if args.out:
-        out = Path(args.out)
-        metrics.write_rows(out / "answers.jsonl", answers)
-        (out / "eval.json").write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
-        (out / "eval.md").write_text(text + "\n", encoding="utf-8")
-        if rows_of(reports):
-            figure(reports, out / "eval.png")
-    print(text)
-    return 0
+    (out / "eval.json").write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")  # first: it says whose the others are
+    (out / "eval.md").write_text(text + "\n", encoding="utf-8", errors="replace")
+    metrics.write_rows(out / "answers.jsonl", answers)
+    if rows_of(reports):
+        figure(reports, out / "eval.png")
+
+
+def check_out(args) -> None:
+    """Raises ValueError if --out cannot be written, or holds a file of somebody else that a report would replace."""
+    checkpoint.check_models(Path(args.out), args.model, args.base)
+    out, earlier = checkpoint.writable(args.out), Path(args.out) / "eval.json"
+    theirs = [name for name in ("eval.json", "eval.md", "eval.png", "answers.jsonl") if (out / name).exists()]
+    ours = earlier.is_file() and earlier.read_text(encoding="utf-8", errors="replace").startswith('[\n {\n  "task"')
+    if theirs and not ours:
+        raise ValueError(f"--out {out} holds {theirs[0]}, which is of no evaluation: choose another folder")
 
 
 def at_least(least: int):
@@ -210,8 +228,11 @@ def at_least(least: int):
 
 def run(args, cache: Path) -> list[dict]:
     """A report per task that can be loaded. Raises ValueError if none can, or a model cannot."""
-    if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
-        raise ValueError(f"--out {args.out} is a file; choose a folder")
+    if args.out:
+        check_out(args)
+    check(Config(date=args.date))
+    saved = saved_settings(args.model)
+    today = args.date or saved.get("date") or str(date.today())
     tasks, problems = [], []
     for name in TABLE_1 if args.task == "all" else (args.task,):  # before the models: loading these takes longer
         try:
@@ -227,9 +248,9 @@ def run(args, cache: Path) -> list[dict]:
     model = load(args.model, device)
     base = load_base(args.base, device, model) if args.base else None
     for lm in filter(None, (model, base)):
-        lm.dtype, lm.sample_batch = dtype, args.sample_batch
+        lm.dtype, lm.sample_batch, lm.tokenizer.today = dtype, args.sample_batch, today
     # A run's answers are measured at the length it was trained with.
-    limit = args.max_new_tokens or saved_settings(args.model).get("max_new_tokens", 0)
+    limit = args.max_new_tokens or saved.get("max_new_tokens", 0)
     return [evaluate(model, base, task, limit, cache) for task in tasks]
 
 

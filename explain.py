@@ -25,6 +25,7 @@ from torch import Tensor
 
 from engine import contexts
 from engine.asking import load_models, parse, speaks_world
+from engine.checkpoint import complain
 from engine.config import Config, make
 from engine.head import Head, chunked_objective, chunks, head_of
 from engine.loading import Loaded
@@ -85,7 +86,7 @@ def explain(lm: Loaded, example: Example, answer: str | list[int] | None = None,
         answer = [*lm.tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"], turn_end(lm)]
     if len(answer) > cfg.max_new_tokens:
         raise ValueError(f"the answer has {len(answer)} tokens: raise --max-new-tokens, which is {cfg.max_new_tokens}")
-    ids = torch.tensor([answer], device=lm.device)
+    ids = torch.tensor([answer], dtype=torch.long, device=lm.device)
     with lm.autocast():
         columns, sums = read_by_all(lm, base, prompts, ids, cfg)
     columns["text"] = [spell(lm, i) for i in answer]
@@ -213,11 +214,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # who reads, `head` for one, has seen enough; Python must not try again when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except torch.OutOfMemoryError:
-        print("explain.py: the device is out of memory: lower --max-new-tokens, or use --device cpu", file=sys.stderr)
-    except ValueError as error:
-        print(f"explain.py: {error}", file=sys.stderr)
-    return 2
+    except Exception as error:
+        return complain("explain.py", error, "the device is out of memory: lower --max-new-tokens, or use --device cpu")
 
 
 if __name__ == "__main__":

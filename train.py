@@ -205,6 +205,7 @@ def schedule(step: int, cfg: Config) -> float:
 def main(cfg: Config) -> dict:
     """One run from settings to summary. Returns what summary.json holds."""
     begun = time.perf_counter()
+    any_console()  # for those, too, who call this from Python
     if cfg.dry_run:
         print(plan.describe(cfg))
         return {}
@@ -222,7 +223,8 @@ def main(cfg: Config) -> dict:
     if cfg.resume:
         checkpoint.restore(run)
         print(f"resumed at step {run.step} of {cfg.steps}")
-    with (Path(os.devnull) if rank else out / "log.jsonl").open("a") as log, Watch(run) as watch, checkpoint.disk("log.jsonl"):
+    # The disk comes first: closing a log whose last row could not be written raises once more.
+    with checkpoint.disk("log.jsonl"), (Path(os.devnull) if rank else out / "log.jsonl").open("a") as log, Watch(run) as watch:
         train(run, log, watch)
     if run.step < cfg.steps:
         checkpoint.save(run)
@@ -256,17 +258,12 @@ def cli(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("train.py: stopped; go on with --resume, or start again if it had not begun to measure", file=sys.stderr)
         return 130
-    except torch.OutOfMemoryError:
-        print(f"train.py: {OUT_OF_MEMORY}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:  # torch's own for a lost process is one, and gloo raises the plain class
-        if not parallel.lost(error):
-            raise
+    except Exception as error:
+        if not isinstance(error, RuntimeError) or not parallel.lost(error):
+            return checkpoint.complain("train.py", error, OUT_OF_MEMORY)
+        # torch's own for a lost process is a RuntimeError, and gloo raises the plain class
         print(f"train.py: {OTHERS_GONE.format(str(error).splitlines()[0])}", file=sys.stderr)
         return 3
-    except (ValueError, FloatingPointError, checkpoint.DiskFull) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
 
 
 if __name__ == "__main__":

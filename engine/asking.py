@@ -8,9 +8,12 @@ Depends on config.py, loading.py.   Try it:  python explain.py --help
 
 import argparse
 import math
+import os
 from dataclasses import fields
+from datetime import date
 
-from engine.config import PRESETS, Config, add_flag, make
+from engine.checkpoint import writable
+from engine.config import PRESETS, Config, add_flag, make, saved_settings
 from engine.loading import SHORT, Loaded, choose_device, load, load_base, speaks_world
 
 TEXTS = {
@@ -24,7 +27,7 @@ TEXTS = {
     "--html": "a file for a page: a card for each token with the five likeliest of student and teacher, and all prompts",
 }
 SETTINGS = "contexts demos context_reference agreement gamma stat divergence alpha clip w_contrast margin max_new_tokens"
-SETTINGS = [*SETTINGS.split(), "max_prompt_tokens", "seed", "device", "dtype"]
+SETTINGS = [*SETTINGS.split(), "max_prompt_tokens", "seed", "date", "device", "dtype"]
 DEFAULTS = dict(contexts="3 with --data, else 0 = none", agreement="token", w_contrast="0.1 with a wrong reference")
 EPILOG = """questions of the tiny world, whose references are known:
   "89+72"     "largest: A 47, B 38, C 91"     "where is bell: mill, cave, port, barn"
@@ -42,7 +45,8 @@ def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace,
     ask = "what the model is asked; without one, you are asked, again and again"
     parser.add_argument("asked", nargs="?", type=utf8, metavar="QUESTION", help=ask)
     for name, help in TEXTS.items():
-        parser.add_argument(name, type=utf8, metavar="TEXT", help=help)
+        kind = os.path.expanduser if name in ("--model", "--base", "--data", "--html") else utf8
+        parser.add_argument(name, type=kind, metavar="TEXT", help=help)
     parser.add_argument("--temperature", type=float, default=0.0, help="of the model's own answer (default: 0 = greedy)")
     for f in (f for f in fields(Config) if f.name in SETTINGS):
         tiny = f"; tiny world: {PRESETS['tiny'][f.name]}" if f.name in PRESETS["tiny"] else ""
@@ -62,6 +66,8 @@ def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace,
             raise ValueError(f"--temperature {args.temperature} must be 0 (greedy) or more")
         if "contexts" in args and args.contexts and not args.data:
             raise ValueError(f"--contexts {args.contexts} needs solved examples of other questions: add --data file.jsonl")
+        if args.html:
+            writable(args.html, "--html", file=True)
         # Only what was given by hand is in the namespace: the rest is what the preset and plain self-distillation say.
         given = dict(contexts=3 if args.data else 0, agreement="token", w_contrast=0.1)
         given |= {name: value for name, value in vars(args).items() if name in SETTINGS}
@@ -76,8 +82,9 @@ def load_models(args: argparse.Namespace, cfg: Config) -> tuple[Loaded, Loaded]:
     device, dtype, _ = choose_device(cfg.device, cfg.dtype)
     lm = load(args.model, device)
     base = load_base(args.base, device, lm) if args.base else lm
+    today = cfg.date or saved_settings(args.model).get("date") or str(date.today())
     for model in (lm, base):
-        model.dtype = dtype
+        model.dtype, model.tokenizer.today = dtype, today
     if "max_new_tokens" not in args:
         cfg.max_new_tokens = min(cfg.max_new_tokens, lm.context // 2)
     return lm, base

@@ -9,13 +9,14 @@ Depends on most other files.   Try it:  python -m pytest tests/test_train.py -q
 import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 
 import torch
 
 from ema import EMA, half_life
 from engine import checkpoint, contexts, metrics, parallel, plan
-from engine.config import DEPARTURES, Config
+from engine.config import DEPARTURES, Config, saved_settings
 from engine.loading import Loaded, choose_device, load
 from engine.parallel import ALONE, Alone, whole_layers
 from tasks import catalog, jsonl
@@ -124,6 +125,8 @@ def start(cfg: Config, out: Path) -> Run:
     """Load everything and check that it can work. Raises ValueError, with the fix, if it cannot."""
     torch.manual_seed(cfg.seed)
     device, ranks = place(cfg)
+    earlier = saved_settings(str(out)) if cfg.resume else {}
+    cfg.date = cfg.date or earlier.get("date") or ranks.objects(str(date.today()))[0]  # one for all processes
     if cfg.preset == "official":
         print("official settings, except:\n  - " + "\n  - ".join(DEPARTURES))
     found = None
@@ -138,6 +141,7 @@ def start(cfg: Config, out: Path) -> Run:
     lm.merge()
     lm.dtype, lm.sample_batch, lm.ranks = cfg.dtype, cfg.sample_batch, ranks
     lm.train_text_only()
+    lm.tokenizer.today = cfg.date
     task, manifest = found or task_of(cfg)
     metrics.warn_of_foreign_words(lm, task)
     model = lm.model

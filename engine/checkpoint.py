@@ -9,19 +9,22 @@ What 2 processes wrote is resumed by 1, and the other way round.
 Depends on config.py, parallel.py, ema.py (through the run it is given).   Try it:  python -m pytest tests/test_resume.py -q
 """
 
-import errno
 import json
 import os
 import re
 import shutil
+import sys
+import tempfile
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from engine import parallel
 from engine.config import Config, flag, saved_settings
+from engine.loading import SHORT
 
 try:
     import fcntl
@@ -34,6 +37,44 @@ FREE += ["grad_checkpointing"]
 HELD: dict[Path, int] = {}  # folder -> the descriptor of its lock file, open as long as the process lives
 
 
+def writable(path: str | Path, flag: str = "--out", file: bool = False) -> Path:
+    """A folder to write into, made if it is missing, or a file; tried at once, and what is there stays as it is.
+
+    Raises ValueError if nothing can be written there: better now than when hours of work want to be kept.
+    """
+    path = Path(path).expanduser()
+    try:
+        if file:
+            new = not path.exists()
+            path.open("a").close()
+            if new:
+                path.unlink()
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
+    except (OSError, ValueError, RuntimeError) as error:  # the last two: a zero byte in a name, `~` without a home
+        why = "is a file" if os.path.isfile(path) and not file else getattr(error, "strerror", None) or error
+        why = "is a link to nothing" if os.path.islink(path) and not os.path.exists(path) else why
+        raise ValueError(f"{flag} {path}: {why}; choose a {'file' if file else 'folder'} that can be written") from error
+    return path
+
+
+def complain(command: str, error: Exception, memory: str) -> int:
+    """One line on stderr about what a user can fix. -> the exit code 2. Anything else is a mistake of ours and raised again.
+
+    memory: what helps where the device, or the machine, is out of memory.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
+        error = memory
+    elif isinstance(error, BrokenPipeError):  # Python must not try again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        error = "nobody reads its output any more (a closed pipe): write it to a file, and start again or go on"
+    elif not isinstance(error, ValueError | FloatingPointError | OSError | SafetensorError):
+        raise error
+    print(f"{command}: {error}", file=sys.stderr)
+    return 2
+
+
 def claim(cfg: Config) -> Path:
     """Make --out this run's folder, and keep others out while it runs. Raises ValueError if it is another run's, or in use, or if
     there is nothing that --resume could go on with, or only under other settings.
@@ -41,14 +82,16 @@ def claim(cfg: Config) -> Path:
     out, saved = Path(cfg.out), saved_settings(cfg.out)
     if saved and not cfg.resume:
         raise ValueError(f"--out {out} holds another run: add --resume to go on with it, or choose another folder")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; choose a folder")
     if cfg.resume and not saved:
         raise ValueError(f"--resume: {out} holds no run; check --out, or start without --resume")
     for name, value in asdict(cfg).items():
-        if name not in FREE and name in saved and value not in (saved[name], "auto"):  # else the log would be of two runs
+        if name not in FREE and name in saved and value not in (saved[name], "auto", ""):  # else the log would be of two runs
             raise ValueError(f"{flag(name)} is {value!r} here and {saved[name]!r} in {out}: leave it out, or choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    check_models(out, cfg.model)
+    theirs = sorted(p.name for p in writable(out).iterdir() if not p.name.startswith("."))
+    # A lock without settings is an attempt of ours that ended before its run began.
+    if theirs and not saved and not (out / ".lock").exists():
+        raise ValueError(f"--out {out} is not empty ({', '.join(theirs[:3])}{', ...' * (len(theirs) > 3)}): choose an empty folder")
     if out in HELD:
         os.close(HELD.pop(out))
     HELD[out] = os.open(out / ".lock", os.O_CREAT | os.O_WRONLY)
@@ -62,6 +105,12 @@ def claim(cfg: Config) -> Path:
     for leftover in out.glob(".writing-*"):  # a save that was killed half way
         shutil.rmtree(leftover, ignore_errors=True)
     return out
+
+
+def check_models(out: Path, *models: str) -> None:
+    """Raises ValueError if --out is a model's own folder; an empty one of its name would also hide the hub's model."""
+    if any(model and Path(SHORT.get(model, model)).resolve() == out.resolve() for model in models):
+        raise ValueError(f"--out {out} is the folder of a model that is read: choose another one")
 
 
 def check_data(out: Path, manifest: dict) -> None:
@@ -84,15 +133,16 @@ class DiskFull(OSError):
 
 
 @contextmanager
-def disk(what: str):
-    """Turn a full disk into one clear line."""
+def disk(what: str, fix: str = "the last checkpoint is whole: free space and --resume"):
+    """Turn a full disk, or one that is gone or read-only, into one clear line, whoever was writing."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError, RuntimeError) as error:
+        torchs = "inline_container" in str(error) or "PytorchStreamWriter" in str(error)  # its writer raises the plain class
+        if isinstance(error, DiskFull | BrokenPipeError) or (isinstance(error, RuntimeError) and not torchs):
             raise
-        said = f"the disk is full: {what} was not written; the last checkpoint is whole: free space and --resume"
-        raise DiskFull(said) from error
+        why = "a file was cut short" if torchs else getattr(error, "strerror", None) or error
+        raise DiskFull(f"the disk is full or refuses ({why}): {what} was not written; {fix}") from error
 
 
 def write_json(path: Path, value) -> None:
@@ -161,8 +211,7 @@ def restore(run) -> None:
     out, device = Path(run.cfg.out), run.lm.device
     if found := all_checkpoints(out):
         model = run.lm.model
-        state = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True)
-        weights = state["factors"] or type(model).from_pretrained(found[-1], dtype=torch.float32).state_dict()
+        state, weights = read_back(found[-1], type(model))
         own, parameters = model.state_dict(), dict(model.named_parameters())
         model.load_state_dict({n: parallel.like(t, own[n]) for n, t in weights.items()}, strict=not state["factors"])
         for n, moments in state["optimizer"].items():
@@ -181,9 +230,23 @@ def restore(run) -> None:
     log, new = out / "log.jsonl", out / "log.jsonl.new"
     if run.ranks.rank == 0 and log.exists():
         rows = re.finditer(r'^\{"step": (\d+).*\}$', log.read_text(), re.MULTILINE)  # a kill may have cut the last
-        new.write_text("".join(row[0] + "\n" for row in rows if int(row[1]) <= run.step))
-        os.replace(new, log)
+        with disk(log.name):
+            new.write_text("".join(row[0] + "\n" for row in rows if int(row[1]) <= run.step))
+            os.replace(new, log)
     run.ranks.wait()
+
+
+def read_back(folder: Path, kind: type) -> tuple[dict, dict]:
+    """A checkpoint's state and weights, the model being of this kind. Raises ValueError if it is damaged."""
+    try:
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        return state, state["factors"] or kind.from_pretrained(folder, dtype=torch.float32).state_dict()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # zip, pickle and safetensors: each has its own
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        fix = "put back a whole copy, or delete that folder, and --resume begins again at step 0"
+        raise ValueError(f"--resume: {folder} is damaged ({why}): {fix}") from error
 
 
 def save_final(run) -> None:

@@ -13,9 +13,11 @@ Depends on unisd.py (for Mechanisms).   Try it:  python train.py --help
 import argparse
 import json
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, fields
+from datetime import datetime
 from pathlib import Path
 
 from losses import LN2
@@ -63,6 +65,7 @@ class Config(Mechanisms):
     out: str = opt("", "folder for log, curves, checkpoints, summary ('' = runs/[<model>-<data>-]<recipe>-seed<seed>)")
     dry_run: bool = opt(False, "say what the run would do and cost, then stop; nothing is downloaded")
     resume: bool = opt(False, "go on from the last checkpoint in --out, bit for bit")
+    date: str = opt("", "the day that chat templates with a date show, YYYY-MM-DD ('' = that of the run's start)")
     # --- the teacher
     teacher: str = opt("frozen", "frozen = as it was; ema = slow average, eq. 3; live = the student", ("frozen", "ema", "live"))
     ema_decay: float = opt(0.9, "share of the old teacher kept at each update")
@@ -111,6 +114,9 @@ class Config(Mechanisms):
     teacher_every: int = opt(40, "steps between two measurements of the teacher's accuracy with the reference (0 = never)")
     sample_every: int = opt(40, "steps between two printed samples (0 = never)")
     save_every: int = opt(60, "steps between two checkpoints (0 = only at the end)")
+
+    def __post_init__(self):
+        self.model, self.data, self.out = map(os.path.expanduser, (self.model, self.data, self.out))
 
     @property
     def uses_agreement(self) -> bool:
@@ -217,6 +223,10 @@ def contradictions(cfg: Config) -> Iterator[str]:
         yield f"--contexts {cfg.contexts} with --agreement {cfg.agreement}: {why}; set --contexts 2 or more, or --agreement none"
     if cfg.shard and cfg.lora_rank:
         yield "--shard divides what is trained, and LoRA trains little: leave out one of --shard and --lora-rank"
+    try:
+        datetime.fromisoformat(cfg.date or "2026-11-27")
+    except ValueError:
+        yield f"--date {cfg.date!r} is no day; write it as 2026-11-27"
     if cfg.teacher == "ema" and not 0 < cfg.ema_decay < 1:
         yield f"--ema-decay {cfg.ema_decay}: 1 never moves, 0 is the student; use a value between, or --teacher frozen or live"
 
@@ -250,6 +260,12 @@ def default_out(cfg: Config) -> str:
 
 
 def saved_settings(out: str) -> dict:
-    """The settings of the run in `out`; {} if there is none."""
-    path = Path(out) / SETTINGS
-    return json.loads(path.read_text()) if out and path.exists() else {}
+    """The settings of the run in `out`; {} if there is none. Raises ValueError if the file is damaged."""
+    path = os.path.join(out, SETTINGS)
+    if not out or not os.path.isfile(path):  # unlike Path's, these never raise
+        return {}
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): repair it, or choose another folder") from error
+    return found if isinstance(found, dict) and {"recipe", "model", "seed"} <= found.keys() else {}  # else it is someone else's

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -156,10 +157,13 @@ def end_ids(model: nn.Module, tokenizer) -> list[int]:
 
 def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Loaded:
     """A short name, a hub id or a folder -> a model ready to answer. Raises ValueError with the fix if it cannot serve."""
-    source = SHORT.get(name, name)
+    source = base = SHORT.get(name, name)
     adapter = Path(source) / "adapter_config.json"
-    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else source
     try:
+        if adapter.exists():
+            base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        for folder in (source, base):
+            refuse_pointers(Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         how = dict(trust_remote_code=False, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
         model, report = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **how)
@@ -192,11 +196,23 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
         raise ValueError(f"--model {name}: its end-of-text id {strange[0]} is no token, ids go from 0 to {vocab - 1}; {fix}")
     lm = Loaded(model.to(device), tokenizer, eos, vocab, source)
     if adapter.exists():
-        import peft
+        try:
+            import peft
 
-        lm.adapter = peft.PeftModel.from_pretrained(model, source, use_safetensors=True)
+            lm.adapter = peft.PeftModel.from_pretrained(model, source, use_safetensors=True)
+        except Exception as error:
+            raise ValueError(explain_missing(name, source, error)) from error
     try_out(lm, name)
     return lm
+
+
+def refuse_pointers(folder: Path) -> None:
+    """Raises ValueError if a file that is read is not there itself, but what Git LFS left in its place: a template, say, of three
+    lines about nothing, which would be every prompt.
+    """
+    for file in (f for kind in ("model*.safetensors", "adapter*.safetensors", "*.json", "*.jinja") for f in folder.glob(kind)):
+        if file.is_file() and file.open("rb").read(40).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` there")
 
 
 def try_out(lm: Loaded, name: str) -> None:
@@ -238,9 +254,11 @@ def same_language(lm: Loaded, base: Loaded) -> None:
 
 def speaks_world(folder: str) -> bool:
     """Is this a model of the tiny world, trained or not? It is known by its vocabulary."""
-    files = [Path(f) / "tokenizer.json" for f in (folder, TINY)]
-    vocab = lambda file: json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"]
-    return files[0].exists() and vocab(files[0]) == vocab(files[1])
+    vocab = lambda of: json.loads((Path(of) / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    try:
+        return vocab(folder) == vocab(TINY)
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or no whole one: `load` says so
+        return False
 
 
 def from_package(source: str, dtype: torch.dtype) -> tuple | None:
@@ -269,7 +287,8 @@ def from_package(source: str, dtype: torch.dtype) -> tuple | None:
 def explain_missing(name: str, source: str, error: Exception) -> str:
     """One line for the usual reasons why a model cannot be loaded."""
     text = str(error) or type(error).__name__
-    if os.path.isdir(source) and (Path(source) / "settings.json").exists():
+    text += "; copy it again, or download it whole" if isinstance(error, SafetensorError) else ""
+    if os.path.isdir(source) and (Path(source) / "settings.json").exists() and not any(Path(source).glob("*config.json")):
         return (
             f"--model {name}: that run has not finished; go on with it by python train.py --out {source} --resume, or give the "
             "checkpoint-<step> folder in it"

@@ -175,7 +175,7 @@ def paired(a: Sequence[bool], b: Sequence[bool]) -> dict:
 def ended(lm: Loaded, ids: Tensor, mask: Tensor) -> Tensor:
     """Which answers stopped by themselves. (B, T), (B, T) -> (B,) bool."""
     last = ids.gather(1, (mask.sum(1, keepdim=True) - 1).clamp(min=0)).squeeze(1)
-    return torch.isin(last, torch.tensor(lm.eos, device=ids.device))
+    return torch.isin(last, torch.tensor(lm.eos, device=ids.device)) & (mask.sum(1) > 0)
 
 
 @torch.no_grad()
@@ -220,7 +220,8 @@ def perplexity(lm: Loaded, prompts: list[list[int]], ids: Tensor, mask: Tensor) 
     """exp(- mean log-prob per token) of given answers."""
     head = head_of(lm.model, lm.vocab)
     found = (sampled_logps(states, said, head, 1.0, CHUNK) for said, states in read_answers(lm, prompts, ids, mask))
-    return math.exp(-sum(x.sum().item() for x in found) / mask.sum().item())
+    mean = -sum(x.sum().item() for x in found) / mask.sum().item()
+    return math.inf if mean > 709 else math.exp(mean)  # of a model that has fallen apart; math.exp would raise
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from ema import half_life
 from engine import parallel
 from engine.config import Config
 from engine.head import tokens_per_chunk
-from engine.loading import SHORT, choose_device
+from engine.loading import SHORT, choose_device, explain_missing
 from tasks import jsonl
 
 # Parameters, layers, hidden size, vocabulary: as published with the models. Other hub ids are only known once downloaded.
@@ -41,13 +41,18 @@ SAMPLING = 0.03
 
 
 def size_of(model: str) -> tuple[float, int, int, int] | None:
-    """(parameters, layers, hidden size, vocabulary) of a known name or a local folder; None if only a download could tell."""
+    """(parameters, layers, hidden size, vocabulary) of a known name or a local folder; None if only a download could tell.
+    Raises ValueError if the folder holds no model.
+    """
     where = SHORT.get(model, model)
     if where in KNOWN or not (Path(where) / "config.json").exists():
         return KNOWN.get(where)
-    config = AutoConfig.from_pretrained(where, trust_remote_code=False)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(explain_missing(model, where, error)) from error
     text, parameters = config.get_text_config(), float(sum(p.numel() for p in empty.parameters()))
     return parameters, text.num_hidden_layers, text.hidden_size, text.vocab_size
 

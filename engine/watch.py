@@ -11,6 +11,7 @@ Depends on metrics.py, checkpoint.py, rollout.py; matplotlib for the curves.
 import json
 import shutil
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -86,7 +87,9 @@ def sample(step: int, example: Example, answer: str, correct: bool | None, width
     """A training question, the student's own answer and the reference, a line each and cut to the terminal; green or red."""
     name, code = {True: ("right", "32"), False: ("wrong", "31"), None: ("not scored", "0")}[correct]
     rows = [(f"step {step}", example.question), (name, answer), ("reference", example.reference)]
-    lines = [fitted(f"  {title:<10} {visible(' '.join(text.split()))}", width - 1).rstrip() for title, text in rows]
+    kind = getattr(sys.stdout, "encoding", None) or "utf-8"  # what this terminal lacks is a "?", here too: it must end no run
+    rows = [(title, visible(" ".join(text.split())).encode(kind, "replace").decode(kind)) for title, text in rows]
+    lines = [fitted(f"  {title:<10} {text}", width - 1).rstrip() for title, text in rows]
     if has_colour():
         lines[1] = f"\033[{code}m{lines[1]}\033[0m"
     return "\n".join(lines)
@@ -154,7 +157,7 @@ def curves(log: Path, picture: Path, title: str) -> None:
         axis.grid(alpha=0.25)
         if len(keys) > 1:
             axis.legend(fontsize=8)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # a folder's name may hold dollars
     figure.savefig(picture, dpi=110)
 
 
@@ -203,18 +206,19 @@ def after_training(run, out: Path, before: dict, begun: float) -> dict:
     moved = metrics.drift(lm, base, task, task.test, cfg.max_new_tokens, kept_answers(run, out))
     checkpoint.save_final(run)
     if not run.ranks.rank:
-        curves(out / "log.jsonl", out / "curves.png", f"{cfg.recipe}, {Path(lm.name).name}, seed {cfg.seed}")
+        with checkpoint.disk("curves.png"):
+            curves(out / "log.jsonl", out / "curves.png", f"{cfg.recipe}, {visible(Path(lm.name).name)}, seed {cfg.seed}")
     pick = lambda m: {k: m[k] for k in ("accuracy", "by_task", "interval", "length", "eos") if k in m}
     seconds = round(time.perf_counter() - begun, 1)
     summary = {"model": lm.name, "recipe": cfg.recipe, "seed": cfg.seed, "steps": run.step, "seconds": seconds}
     summary |= {"before": pick(before["alone"]), "after": pick(alone) | moved, "ceiling": pick(before["ceiling"])}
     summary |= {"ood": {"before": pick(before["ood"]), "after": pick(ood)}, "data": task.fingerprint()}
-    checkpoint.write_json(out / "summary.json", summary)
     if not run.ranks.rank:
         rows = metrics.answer_rows(task.test, {"before": before["alone"], "after": alone, "with_reference": before["ceiling"]})
         rows += metrics.answer_rows(task.ood, {"before": before["ood"], "after": ood}) if ood else []
         with checkpoint.disk("answers.jsonl"):
             metrics.write_rows(out / "answers.jsonl", rows)
+        checkpoint.write_json(out / "summary.json", summary)  # with it a run counts as finished
         checkpoint.clear(out)
     print("\n" + metrics.table({"before": before["alone"], "after": alone, "ceiling (base with reference)": before["ceiling"]}))
     if ood:

@@ -41,6 +41,7 @@ import agreement
 import train
 from engine import any_console
 from engine.build import Run, assemble, start
+from engine.checkpoint import writable
 from engine.config import RECIPES, Config, make
 from engine.head import Head, chunked_objective, sampled_logps
 from engine.loading import Loaded, choose_device
@@ -298,8 +299,15 @@ def main(argv: list[str] | None = None) -> int:
     for flag, default, text in FLAGS:
         parser.add_argument(flag, type=type(default), default=default, help=text)
     args = parser.parse_args(argv)
+    try:
+        if args.json:
+            args.json = Path(args.json)
+            writable(args.json.parent, "--json")
+            args.json = writable(args.json, "--json", file=True)
+        device, _, reason = choose_device(args.device, "auto")
+    except ValueError as error:
+        parser.exit(2, f"bench.py: {error}\n")
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    device, _, reason = choose_device(args.device, "auto")
     print(reason)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
     where = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -309,8 +317,7 @@ def main(argv: list[str] | None = None) -> int:
         found[name] = SECTIONS[name](device, args)
         print(f"\n### {name} ({time.perf_counter() - begun:.0f} s)\n\n{markdown(found[name])}")
         if args.json:
-            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator
 
 from engine import any_console
+from engine.checkpoint import writable
 from engine.watch import INK
 from experiments import study
 from experiments.study import PLAN
@@ -239,7 +240,10 @@ def main(argv: list[str] | None = None) -> None:
     any_console()
     parser = argparse.ArgumentParser(prog="report.py", description=main.__doc__)
     parser.add_argument("out", nargs="?", default="runs/study", help="the study's --out (default: %(default)s)")
-    out = Path(parser.parse_args(argv).out)
+    try:
+        out = writable(parser.parse_args(argv).out, "OUT")
+    except ValueError as error:
+        parser.exit(2, f"report.py: {error}\n")
     print(f"{', '.join(write(out)) or 'no figures'} and claims.md -> {out}")
 
 

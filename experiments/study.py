@@ -29,6 +29,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from engine import any_console
+from engine.checkpoint import writable
 from engine.config import RECIPES
 
 ROOT = Path(__file__).parents[1]
@@ -63,8 +64,9 @@ def run(cell: Cell, out: Path, extra: list[str]) -> str:
     resume = ["--resume"] if (folder / "settings.json").exists() else []
     fixed = ["--seed", str(cell.seed), "--out", str(folder), "--sample-every", "0", "--teacher-every", "60"]
     command = [sys.executable, "train.py", *fixed, *SETTINGS[cell.setting], *ROWS[cell.row], *extra, *resume]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
-    (folder / "failed.txt").unlink(missing_ok=True)
+    (folder / "failed.txt").unlink(missing_ok=True)  # train.py wants a folder without files of others
+    how = dict(capture_output=True, text=True, errors="replace", check=False)  # a console of another encoding than the locale's
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **how)
     if done.returncode in (0, 130):  # 130: stopped by hand
         return ""
     reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -233,7 +235,13 @@ def main(argv: list[str] | None = None) -> int:
     # Seeds first, so that a study stopped early has whole columns of few seeds rather than few recipes of many.
     cells = [Cell(s, row, seed) for seed in seeds for s in settings for row in args.recipes or FULL[s]]
     # Absolute: the runs are started in this repository's folder.
-    out, begun = Path(args.out or plan["page"]["out"]).resolve(), time.perf_counter()
+    begun = time.perf_counter()
+    try:
+        out = writable(args.out or plan["page"]["out"]).resolve()
+        if (out / "table.md").exists() and not (out / "cells.json").exists():
+            raise ValueError(f"--out {out} holds a table.md, which is of no study: choose another folder")
+    except ValueError as error:
+        parser.exit(2, f"study.py: {error}\n")
     try:
         failed = run_all(cells, out, max(1, args.jobs), args.train)
     except KeyboardInterrupt:

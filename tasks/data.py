@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from typing import Any
 
 
@@ -70,10 +71,22 @@ class Task:
 
 def chat_ids(tokenizer, message: str) -> list[int]:
     """A user message as prompt ids, up to and including the assistant header. "Thinking" is off, in training and evaluation."""
+    stop_clock(tokenizer)
     chat = [{"role": "user", "content": message}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     # The template has the special tokens already. Not verbose: prompts that are too long are handled, and reported, by us.
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def stop_clock(tokenizer) -> None:
+    """A template that shows the date (Llama 3.1's does) asks a function for it. Where tokenizer.today is set, an ISO date, this is
+    what it is told: a run that is resumed on another day, or measures after midnight, still asks the same.
+    """
+    if "strftime_now" in str(getattr(tokenizer, "chat_template", "")):
+        from transformers.utils.chat_template_utils import _compile_jinja_template as compiled  # which keeps one for each text
+
+        today = getattr(tokenizer, "today", "") or datetime.now().isoformat()
+        compiled(tokenizer.get_chat_template()).globals["strftime_now"] = datetime.fromisoformat(today).strftime
 
 
 def teacher_message(wording: Wording, question: str, reference: str) -> str:

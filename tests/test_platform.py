@@ -1,5 +1,6 @@
 """Windows and macOS, as far as Linux can play them: no fork(), no resource, fcntl or prctl, a console of few characters."""
 
+import io
 import os
 import re
 import subprocess
@@ -9,9 +10,13 @@ import warnings
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from engine import any_console
+from engine.page import has_colour
+from engine.watch import sample
 from tasks import sandbox, subprocess_judge
+from tasks.data import Example
 from tasks.sandbox import Limits, Verdict, run_tests
 
 ROOT = Path(__file__).parents[1]
@@ -167,6 +172,22 @@ def test_no_character_ends_a_run(encoding):
     assert done.returncode == 0 and "done" in shown and "what is" in shown, done.stderr
     assert ("\U0001f600 done" in shown) == (encoding == "utf-8") and ("caf\xe9" in shown) == (encoding != "ascii")
     assert b"1/2" in done.stderr
+
+
+def test_a_sample_is_printed_on_a_stream_that_nobody_has_prepared(monkeypatch):
+    """Called from Python, with another stream in the place of stdout: what it lacks is replaced where the sample is made."""
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    print(sample(1, Example("sum", "what is \U0001f600?", "caf\u00e9 \u2192"), "\u4e2d", None, 60), flush=True)
+    shown = console.buffer.getvalue().decode("cp1252")
+    assert "what is ??" in shown and "caf\u00e9 ?" in shown
+
+
+def test_a_closed_terminal_ends_no_run(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as `>&-` leaves it
+    any_console()
+    tqdm.write("a sample")
+    assert not has_colour()
 
 
 def test_it_would_end_without():

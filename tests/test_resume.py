@@ -4,6 +4,7 @@ falls.
 
 import math
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from conftest import TWENTY, rows_of, steps_of
 from safetensors.torch import load_file
 
 import train
-from engine import checkpoint
+from engine import build, checkpoint
 from engine.config import parse
+from engine.loading import TINY
 
 ROOT = Path(__file__).parents[1]
 
@@ -140,3 +142,27 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, twenty):
     process = start(out, "--resume")
     assert process.wait() == 0
     assert_same(out, twenty)
+
+
+def test_a_run_that_is_resumed_on_another_day_asks_the_same(tmp_path, monkeypatch):
+    """A template with today's date would show another one: settings.json keeps the day on which the run began."""
+
+    class Later(build.date):
+        @classmethod
+        def today(cls):
+            return cls(2031, 3, 4)
+
+    model = shutil.copytree(TINY, tmp_path / "m")
+    template = "{{ strftime_now('%d %b %Y') }}" + (model / "chat_template.jinja").read_text(encoding="utf-8")
+    (model / "chat_template.jinja").write_text(template, encoding="utf-8")
+    settings = dict(model=str(model), preset="tiny", steps=2, batch=2, micro_batch=2, eval_size=1, train_size=10, max_new_tokens=8)
+    run, _ = steps_of(tmp_path / "o", "sd", last=1, **settings)
+    today = str(build.date.today())
+    checkpoint.write_json(tmp_path / "o" / "settings.json", vars(run.cfg))
+    monkeypatch.setattr(build, "date", Later)
+    again, _ = steps_of(tmp_path / "o", "sd", resume=True, **settings)
+    assert run.cfg.date == again.cfg.date == today and run.prompts == again.prompts
+    fresh, _ = steps_of(tmp_path / "new", "sd", last=1, **settings)
+    assert fresh.cfg.date == "2031-03-04" and fresh.prompts[0] != run.prompts[0]
+    asked = "04 Mar 2031" in fresh.lm.tokenizer.decode(fresh.prompts[0]["student"])
+    assert asked and "2031" not in run.lm.tokenizer.decode(run.prompts[0]["teacher"])
