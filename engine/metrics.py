@@ -34,7 +34,7 @@ from engine.loading import Loaded, speaks_world
 from engine.parallel import whole_layers
 from engine.reading import passes
 from engine.rollout import decode, generate, right_pad, turn_end
-from tasks.data import Example, Task, chat_ids, fit_prompt, teacher_message
+from tasks.data import Example, Task, chat_ids, fit_prompt, teacher_message, text_ids
 from unisd import read
 
 CHUNK, BUDGET = 256, 16384  # tokens per application of the head, tokens per pass: bound memory, never change a result
@@ -194,7 +194,7 @@ def drift(tuned: Loaded, base: Loaded, task: Task, examples: Sequence[Example], 
 def gold_ppl(lm: Loaded, task: Task, examples: Sequence[Example]) -> float:
     """Perplexity of the gold solutions (an example's target, or its reference), asked without them."""
     prompts = prompts_for(lm, task, examples, False, limit=1)
-    ids = lambda e: lm.tokenizer(e.target or e.reference, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = lambda e: text_ids(lm.tokenizer, e.target or e.reference)
     rows = [[*ids(e), turn_end(lm)][: max(1, lm.context - len(p))] for e, p in zip(examples, prompts, strict=True)]
     return perplexity(lm, prompts, *right_pad(rows, lm.device))
 
