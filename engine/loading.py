@@ -4,24 +4,30 @@ It exists because nearly everything that can be wrong with a model can be seen b
 all there, a tokenizer of another size, no chat template, nothing that ends an answer. What is found here costs no work.
 Code from the hub is never run, and weights are read from safetensors only: nothing is unpickled.
 
-Depends on torch, transformers, parallel.py.   Try it:  python -m pytest tests/test_rollout.py tests/test_real.py -q
+Depends on torch, transformers, parallel.py, data.py.   Try it:  python -m pytest tests/test_rollout.py tests/test_real.py -q
 """
 
 import importlib.util
 import json
 import os
+import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 from engine.parallel import ALONE, Alone
+from tasks.data import opened_tag
 
 transformers.utils.logging.disable_progress_bar()  # loading half a second of weights needs no bar
 
+ADAPTER = "adapter_config.json"
 TINY = Path(__file__).parents[1] / "tasks" / "tiny-base"
 SHORT = {  # short names; the id they stand for is printed and saved
     "tiny": str(TINY),
@@ -92,24 +98,30 @@ class Loaded:
         return torch.autocast(self.device.type, dtype=half, enabled=half is not None)
 
     def add_lora(self, rank: int, alpha: int, dropout: float) -> None:
-        """Freeze the weights, train LoRA factors beside the attention and MLP projections. ValueError without peft."""
-        try:
-            import peft
-        except ImportError as error:
-            raise ValueError("--lora-rank needs peft: pip install peft, or use --lora-rank 0") from error
+        """Freeze the weights, train LoRA factors beside every linear layer of the decoder's blocks, whatever its name, and name the
+        matrices that stay without. ValueError without peft, and where it cannot adapt this model.
+        """
+        peft = the_peft("--lora-rank")
         decoder = {id(m) for m in self.model.get_decoder().modules()}  # not the vision tower of a multimodal model
-        names = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
-        targets = [n for n, m in self.model.named_modules() if n.split(".")[-1] in names and id(m) in decoder]
+        targets = [n for n, m in self.model.named_modules() if id(m) in decoder and isinstance(m, nn.Linear | Conv1D)]
         if not targets:
-            raise ValueError(f"--lora-rank: {self.name} has none of {', '.join(names)}; use --lora-rank 0")
+            raise ValueError(f"--lora-rank: {self.name} has no linear layer in its decoder; use --lora-rank 0")
         config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
-        # This puts the factors into `model`, which stays what everyone reads.
-        self.adapter = peft.get_peft_model(self.model, config)
+        try:  # this puts the factors into `model`, which stays what everyone reads
+            self.adapter = peft.get_peft_model(self.model, config)
+        except ValueError as error:
+            raise ValueError(f"--lora-rank: peft cannot adapt {self.name} ({error}); use --lora-rank 0") from error
+        rest = [(n, m) for n, m in self.model.get_decoder().named_modules() if not isinstance(m, nn.Embedding)]
+        rest = [f"{n}.{k}" for n, m in rest for k, p in m.named_parameters(recurse=False) if p.dim() > 1]
+        rest = [re.sub(r"\.\d+\.", ".*.", n.removesuffix(".weight")) for n in rest if "lora_" not in n and "base_layer" not in n]
+        if rest:
+            told = f"--lora-rank leaves {', '.join(dict.fromkeys(rest))} as they are, which are no linear layers of their own"
+            warnings.warn(f"{told}; --lora-rank 0 trains all", stacklevel=2)
 
     def merge(self) -> None:
         """Make a loaded adapter part of the weights: what is trained next starts there, and so does "the base"."""
         if self.adapter:
-            self.model, self.adapter = self.adapter.merge_and_unload(), None
+            self.model, self.adapter = self.adapter.merge_and_unload().requires_grad_(True), None  # peft had frozen it
 
     def train_text_only(self) -> None:
         """Freeze what no text gives a gradient (a vision tower): it would only cost memory in optimizer and averages."""
@@ -119,7 +131,8 @@ class Loaded:
 
     def save(self, folder, weights: dict | None = None) -> None:
         """The model, or its adapter, and the tokenizer, as a Hugging Face folder; `weights` where its own are sharded."""
-        (self.adapter or self.model).save_pretrained(folder, state_dict=weights)
+        kept = {"save_embedding_layers": False} if self.adapter else {}  # else peft would look whether they have changed
+        (self.adapter or self.model).save_pretrained(folder, state_dict=weights, **kept)
         self.tokenizer.save_pretrained(folder)
 
     @property
@@ -147,16 +160,7 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
     Code from the hub is never run, and weights are read from safetensors only: nothing is unpickled.
     """
     source = SHORT.get(name, name)
-    adapter = Path(source) / "adapter_config.json"
-    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else source
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False, use_safetensors=True)
-    except (OSError, ValueError, ImportError) as error:
-        packaged = from_package(base, dtype)  # an adapter's tokenizer is that of its base
-        if not packaged:
-            raise ValueError(explain_missing(name, source, error)) from error
-        tokenizer, model = packaged
+    tokenizer, model, adapter = pieces(name, source, dtype)
     eos, vocab, rows = end_ids(model, tokenizer), len(tokenizer), model.get_input_embeddings().weight.shape[0]
     if not tokenizer.chat_template:
         fix = "use an instruct model, or set tokenizer.chat_template and save it"
@@ -167,12 +171,82 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
     if not eos:
         endless = "no end-of-text id in its tokenizer or generation config, so an answer would never end; set eos_token_id"
         raise ValueError(f"--model {name}: {endless}")
-    lm = Loaded(model.to(device), tokenizer, eos, vocab, source)
-    if adapter.exists():
-        import peft
+    if tag := opened_tag(tokenizer):
+        told = f"--model {name}: its chat template opens {tag} before every answer, even with thinking off, so every answer begins"
+        warnings.warn(f"{told} with thinking; raise --max-new-tokens, edit the template, or use another model", stacklevel=2)
+    for m in model.modules():
+        if isinstance(m, nn.Embedding):
+            m.padding_idx = None  # that token's embedding would never learn, and it may be the end of text
+    return Loaded(model.to(device), tokenizer, eos, vocab, source, adapter)
 
-        lm.adapter = peft.PeftModel.from_pretrained(model, source, use_safetensors=True)
-    return lm
+
+def pieces(name: str, source: str, dtype: torch.dtype, words: str = "") -> tuple:
+    """-> (tokenizer, model, peft's wrapper around it where `source` holds an adapter). words: whose tokenizer is taken instead.
+
+    Raises ValueError with the fix if something is missing or does not fit.
+    """
+    where = os.path.abspath(source) if os.path.isdir(source) else source  # an adapter names its base so, and may move
+    if (Path(where) / ADAPTER).exists():
+        return with_adapter(name, Path(where), dtype, words)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(words or where, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+    except (OSError, ValueError, ImportError) as error:
+        packaged = from_package(source, dtype)  # an adapter's tokenizer is that of its base
+        if not packaged:
+            raise ValueError(explain_missing(name, source, error)) from error
+        tokenizer, model = packaged
+    return tokenizer, model, None
+
+
+def with_adapter(name: str, folder: Path, dtype: torch.dtype, words: str) -> tuple:
+    """`pieces` of a folder with a LoRA adapter, whose base may be such a folder itself."""
+    base, peft = base_of(name, folder), the_peft(f"--model {name} is an adapter and")
+    words = words or str(folder) * (folder / "tokenizer_config.json").exists()
+    try:
+        tokenizer, model, under = pieces(name, base, dtype, words)
+    except ValueError as error:
+        raise ValueError(f"{error}. This is base_model_name_or_path in {folder / ADAPTER}: put it right there") from error
+    model = under.merge_and_unload() if under else model
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft has much to say of what is refused below
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            adapter = peft.PeftModel.from_pretrained(model, folder)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, UserWarning, SafetensorError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"--model {name}: its adapter does not fit {base}, which it names as its base ({why})") from error
+    if not isinstance(model.get_input_embeddings(), nn.Embedding) or not isinstance(model.get_output_embeddings(), nn.Linear):
+        fix = "save what peft's merge_and_unload() returns, and give that folder"
+        raise ValueError(f"--model {name}: its adapter changes the embeddings or the vocabulary's head; {fix}")
+    model.name_or_path = str(folder)  # once merged and trained with LoRA again, this is the base
+    return tokenizer, model, adapter
+
+
+def base_of(name: str, folder: Path) -> str:
+    """The folder, or hub id, that the adapter in `folder` was made for. ValueError if that is no whole LoRA adapter."""
+    try:
+        config = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+        if missing := {"peft_type", "base_model_name_or_path"} - {k for k, v in config.items() if v}:
+            raise ValueError(f"{ADAPTER} without {min(missing)}: add it")
+        (folder / "adapter_model.safetensors").stat()
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(explain_missing(name, str(folder), error)) from error
+    kind, base = "ALORA" if config.get("alora_invocation_tokens") else config["peft_type"], config["base_model_name_or_path"]
+    if kind != "LORA":
+        raise ValueError(f"--model {name}: only LoRA adapters can be read, not {kind}; give a merged model, or the base, {base}")
+    # What was a relative path was one from where it was trained: from here, or from a folder above the run.
+    near = [(place / base).resolve() for place in (Path(), folder, *folder.parents)]
+    return next((str(p) for p in near if p != folder.resolve() and any(p.glob("*config.json"))), base)
+
+
+def the_peft(who: str):
+    """The package peft. Raises ValueError without it."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError(f"{who} needs peft: pip install peft" + ", or use --lora-rank 0" * (who == "--lora-rank")) from error
+    return peft
 
 
 def speaks_world(folder: str) -> bool:
@@ -208,7 +282,7 @@ def from_package(source: str, dtype: torch.dtype) -> tuple | None:
 def explain_missing(name: str, source: str, error: Exception) -> str:
     """One line for the usual reasons why a model cannot be loaded."""
     text = str(error)
-    if os.path.isdir(source) and (Path(source) / "settings.json").exists():
+    if (Path(source) / "settings.json").exists() and not (Path(source) / "summary.json").exists():
         return (
             f"--model {name}: that run has not finished; go on with it by python train.py --out {source} --resume, or give the "
             "checkpoint-<step> folder in it"

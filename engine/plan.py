@@ -23,7 +23,7 @@ from ema import half_life
 from engine import parallel
 from engine.config import Config
 from engine.head import tokens_per_chunk
-from engine.loading import SHORT, choose_device
+from engine.loading import ADAPTER, SHORT, base_of, choose_device
 from tasks import jsonl
 
 # Parameters, layers, hidden size, vocabulary: as published with the models. Other hub ids are only known once downloaded.
@@ -43,6 +43,8 @@ SAMPLING = 0.03
 def size_of(model: str) -> tuple[float, int, int, int] | None:
     """(parameters, layers, hidden size, vocabulary) of a known name or a local folder; None if only a download could tell."""
     where = SHORT.get(model, model)
+    while (Path(where) / ADAPTER).exists():
+        where = base_of(model, Path(where))
     if where in KNOWN or not (Path(where) / "config.json").exists():
         return KNOWN.get(where)
     config = AutoConfig.from_pretrained(where, trust_remote_code=False)
