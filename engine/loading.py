@@ -101,7 +101,7 @@ class Loaded:
         """Freeze the weights, train LoRA factors beside every linear layer of the decoder's blocks, whatever its name, and name the
         matrices that stay without. ValueError without peft, and where it cannot adapt this model.
         """
-        peft = the_peft("--lora-rank")
+        peft = the_peft("--lora-rank above 0")
         decoder = {id(m) for m in self.model.get_decoder().modules()}  # not the vision tower of a multimodal model
         targets = [n for n, m in self.model.named_modules() if id(m) in decoder and isinstance(m, nn.Linear | Conv1D)]
         if not targets:
@@ -111,12 +111,11 @@ class Loaded:
             self.adapter = peft.get_peft_model(self.model, config)
         except ValueError as error:
             raise ValueError(f"--lora-rank: peft cannot adapt {self.name} ({error}); use --lora-rank 0") from error
-        rest = [(n, m) for n, m in self.model.get_decoder().named_modules() if not isinstance(m, nn.Embedding)]
-        rest = [f"{n}.{k}" for n, m in rest for k, p in m.named_parameters(recurse=False) if p.dim() > 1]
-        rest = [re.sub(r"\.\d+\.", ".*.", n.removesuffix(".weight")) for n in rest if "lora_" not in n and "base_layer" not in n]
+        tables = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
+        rest = [n for n, p in self.model.get_decoder().named_parameters() if p.dim() > 1 and id(p) not in tables]
+        rest = {re.sub(r"\.\d+\.", ".*.", n): 0 for n in rest if not re.search("lora_|base_layer", n)}
         if rest:
-            told = f"--lora-rank leaves {', '.join(dict.fromkeys(rest))} as they are, which are no linear layers of their own"
-            warnings.warn(f"{told}; --lora-rank 0 trains all", stacklevel=2)
+            warnings.warn(f"--lora-rank leaves {', '.join(rest)} as they are, no linear layers; 0 trains all", stacklevel=2)
 
     def merge(self) -> None:
         """Make a loaded adapter part of the weights: what is trained next starts there, and so does "the base"."""
@@ -155,10 +154,7 @@ def end_ids(model: nn.Module, tokenizer) -> list[int]:
 
 
 def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Loaded:
-    """A short name, a hub id or a folder -> a model ready to answer. Raises ValueError with the fix if it cannot serve.
-
-    Code from the hub is never run, and weights are read from safetensors only: nothing is unpickled.
-    """
+    """A short name, a hub id or a folder -> a model ready to answer. Raises ValueError with the fix if it cannot serve."""
     source = SHORT.get(name, name)
     tokenizer, model, adapter = pieces(name, source, dtype)
     eos, vocab, rows = end_ids(model, tokenizer), len(tokenizer), model.get_input_embeddings().weight.shape[0]
@@ -172,8 +168,8 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
         endless = "no end-of-text id in its tokenizer or generation config, so an answer would never end; set eos_token_id"
         raise ValueError(f"--model {name}: {endless}")
     if tag := opened_tag(tokenizer):
-        told = f"--model {name}: its chat template opens {tag} before every answer, even with thinking off, so every answer begins"
-        warnings.warn(f"{told} with thinking; raise --max-new-tokens, edit the template, or use another model", stacklevel=2)
+        told = f"--model {name}: its chat template opens {tag} even with thinking off: every answer begins with thinking"
+        warnings.warn(f"{told}; raise --max-new-tokens, edit the template, or use another model", stacklevel=2)
     for m in model.modules():
         if isinstance(m, nn.Embedding):
             m.padding_idx = None  # that token's embedding would never learn, and it may be the end of text
@@ -185,41 +181,33 @@ def pieces(name: str, source: str, dtype: torch.dtype, words: str = "") -> tuple
 
     Raises ValueError with the fix if something is missing or does not fit.
     """
-    where = os.path.abspath(source) if os.path.isdir(source) else source  # an adapter names its base so, and may move
-    if (Path(where) / ADAPTER).exists():
-        return with_adapter(name, Path(where), dtype, words)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(words or where, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, trust_remote_code=False, use_safetensors=True)
-    except (OSError, ValueError, ImportError) as error:
-        packaged = from_package(source, dtype)  # an adapter's tokenizer is that of its base
-        if not packaged:
-            raise ValueError(explain_missing(name, source, error)) from error
-        tokenizer, model = packaged
-    return tokenizer, model, None
-
-
-def with_adapter(name: str, folder: Path, dtype: torch.dtype, words: str) -> tuple:
-    """`pieces` of a folder with a LoRA adapter, whose base may be such a folder itself."""
+    where = os.path.abspath(source) if os.path.isdir(source) else source
+    folder = Path(where)
+    if not (folder / ADAPTER).exists():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(words or where, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+        except (OSError, ValueError, ImportError) as error:
+            packaged = from_package(source, dtype)  # an adapter's tokenizer is that of its base
+            if not packaged:
+                raise ValueError(explain_missing(name, source, error)) from error
+            tokenizer, model = packaged
+        model.name_or_path = where  # of an adapter, this is the base
+        return tokenizer, model, None
     base, peft = base_of(name, folder), the_peft(f"--model {name} is an adapter and")
-    words = words or str(folder) * (folder / "tokenizer_config.json").exists()
-    try:
-        tokenizer, model, under = pieces(name, base, dtype, words)
-    except ValueError as error:
-        raise ValueError(f"{error}. This is base_model_name_or_path in {folder / ADAPTER}: put it right there") from error
+    words = words or where * (folder / "tokenizer_config.json").exists()
+    tokenizer, model, under = pieces(f"{name} (base_model_name_or_path in {folder / ADAPTER})", base, dtype, words)
     model = under.merge_and_unload() if under else model
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft has much to say of what is refused below
+            warnings.simplefilter("ignore")  # peft has much to say of what is refused here
             warnings.filterwarnings("error", "Found missing adapter keys")
-            adapter = peft.PeftModel.from_pretrained(model, folder)
+            adapter = peft.PeftModel.from_pretrained(model, where)
+        if not isinstance(model.get_input_embeddings(), nn.Embedding) or not isinstance(model.get_output_embeddings(), nn.Linear):
+            raise ValueError("it changes the embeddings or the head; give what peft's merge_and_unload() makes of them")
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, UserWarning, SafetensorError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise ValueError(f"--model {name}: its adapter does not fit {base}, which it names as its base ({why})") from error
-    if not isinstance(model.get_input_embeddings(), nn.Embedding) or not isinstance(model.get_output_embeddings(), nn.Linear):
-        fix = "save what peft's merge_and_unload() returns, and give that folder"
-        raise ValueError(f"--model {name}: its adapter changes the embeddings or the vocabulary's head; {fix}")
-    model.name_or_path = str(folder)  # once merged and trained with LoRA again, this is the base
+        raise ValueError(f"--model {name}: its adapter and base {base} do not fit: {' '.join(str(error).split())[:200]}") from error
+    model.name_or_path = where  # of the next one, this is the base
     return tokenizer, model, adapter
 
 
@@ -241,11 +229,11 @@ def base_of(name: str, folder: Path) -> str:
 
 
 def the_peft(who: str):
-    """The package peft. Raises ValueError without it."""
+    """The package peft, or ValueError."""
     try:
         import peft
     except ImportError as error:
-        raise ValueError(f"{who} needs peft: pip install peft" + ", or use --lora-rank 0" * (who == "--lora-rank")) from error
+        raise ValueError(f"{who} needs peft: pip install peft") from error
     return peft
 
 

@@ -194,8 +194,8 @@ def drift(tuned: Loaded, base: Loaded, task: Task, examples: Sequence[Example], 
 def gold_ppl(lm: Loaded, task: Task, examples: Sequence[Example]) -> float:
     """Perplexity of the gold solutions (an example's target, or its reference), asked without them."""
     prompts = prompts_for(lm, task, examples, False, limit=1)
-    ids = lambda e: text_ids(lm.tokenizer, e.target or e.reference)
-    rows = [[*ids(e), turn_end(lm)][: max(1, lm.context - len(p))] for e, p in zip(examples, prompts, strict=True)]
+    rows = [[*text_ids(lm.tokenizer, e.target or e.reference), turn_end(lm)] for e in examples]
+    rows = [row[: max(1, lm.context - len(p))] for row, p in zip(rows, prompts, strict=True)]
     return perplexity(lm, prompts, *right_pad(rows, lm.device))
 
 

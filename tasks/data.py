@@ -88,12 +88,11 @@ def plain_ids(tokenizer, text: str, **how) -> list[int]:
 
 @lru_cache(maxsize=8)
 def control_tokens(tokenizer, template: str, size: int) -> tuple[dict[int, str], int]:
-    """What is more than text: special tokens, and all that the template marks its turns with. -> ({id: its text}, how many of
-    them a prompt has). template, size: tokenizer.chat_template and len(tokenizer); if they change, so does the answer.
-    """
-    frame, added = render(tokenizer, "x", "x", "x"), tokenizer.added_tokens_decoder
-    found = {i: t.content for i, t in added.items() if t.special or (t.content.strip() and t.content in frame)}
-    around = render(tokenizer, MARK, prompt=True).split(MARK)
+    """Special tokens, and all that the template marks turns with. -> ({id: its text}, how many a prompt has of them)
+    template, size: tokenizer.chat_template and len(tokenizer), with which the answer changes."""
+    frame, around = render(tokenizer, "x", "x", "x"), render(tokenizer, MARK, prompt=True).split(MARK)
+    marks = lambda token: token.special or (token.content.strip() and token.content in frame)
+    found = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if marks(token)}
     return found, sum(i in found for part in around for i in plain_ids(tokenizer, part))
 
 
@@ -110,11 +109,9 @@ def text_ids(tokenizer, text: str) -> list[int]:
 
 def chat_ids(tokenizer, message: str) -> list[int]:
     """A user message as prompt ids, up to and including the assistant header. "Thinking" is off, in training and evaluation.
-
-    Nothing in the message acts as a control token. Raises ValueError where the template makes something else of such a message.
-    """
-    text = render(tokenizer, message, prompt=True)
-    ids, (control, usual) = plain_ids(tokenizer, text), control_tokens(tokenizer, str(tokenizer.chat_template), len(tokenizer))
+    Nothing in the message controls; ValueError where the template rewrites one in which a control token stands."""
+    control, usual = control_tokens(tokenizer, str(tokenizer.chat_template), len(tokenizer))
+    ids = plain_ids(tokenizer, text := render(tokenizer, message, prompt=True))
     if sum(i in control for i in ids) == usual or text_ids(tokenizer, message) == plain_ids(tokenizer, message):
         return ids
     head, _, tail = render(tokenizer, MARK, prompt=True).partition(MARK)

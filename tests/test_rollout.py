@@ -167,7 +167,7 @@ def test_a_template_that_always_thinks_is_named(header, opened, tmp_path, recwar
 
     load(spoiled(tmp_path, thinking), CPU)
     told = [str(w.message) for w in recwarn if "thinking" in str(w.message)]
-    assert [f"opens {opened} before every answer" in line for line in told] == [True] * bool(opened)
+    assert [f"opens {opened} even with thinking off" in line for line in told] == [True] * bool(opened)
 
 
 def test_the_pad_token_learns_too(tmp_path):
