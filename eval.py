@@ -25,14 +25,10 @@ from datetime import date
 from itertools import compress
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 from engine import any_console, checkpoint, metrics
 from engine.config import Config, check, saved_settings
 from engine.loading import Loaded, choose_device, load, load_base
+from engine.watch import bars
 from tasks.catalog import load_task
 from tasks.data import Task
 
@@ -135,24 +131,6 @@ def table_1(reports: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def figure(reports: list[dict], path: Path) -> None:
-    """Accuracy per task with 95 % intervals, base beside model."""
-    rows = rows_of(reports)
-    columns = list(next(iter(rows.values())))
-    fig, axis = plt.subplots(figsize=(1.8 + 1.5 * len(columns), 3.6), layout="constrained")
-    for k, (who, cells) in enumerate(rows.items()):
-        x = [i + 0.38 * (k - (len(rows) - 1) / 2) for i in range(len(columns))]
-        y = [cells[c][0] for c in columns]
-        low, high = ([cells[c][1][end] for c in columns] for end in (0, 1))
-        spread = [[max(0.0, a - b) for a, b in zip(y, low, strict=True)], [max(0.0, b - a) for a, b in zip(y, high, strict=True)]]
-        axis.bar(x, y, 0.36, yerr=spread, capsize=3, color=("#999999", "#0072B2")[k + 2 - len(rows)], label=who)
-    axis.set_xticks(range(len(columns)), [c.replace(" (", "\n(") for c in columns])
-    axis.set(ylabel="accuracy, per cent", ylim=(0, 105), title="held-out accuracy, greedy, 95 % intervals")
-    axis.legend()
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Held-out accuracy of any checkpoint, alone and with the reference; with --base also how far it has drifted from it."""
     how = argparse.ArgumentDefaultsHelpFormatter
@@ -200,8 +178,8 @@ def write(reports: list[dict], text: str, out: Path) -> None:
     (out / "eval.json").write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")  # first: it says whose the others are
     (out / "eval.md").write_text(text + "\n", encoding="utf-8", errors="replace")
     metrics.write_rows(out / "answers.jsonl", answers)
-    if rows_of(reports):
-        figure(reports, out / "eval.png")
+    if rows := rows_of(reports):
+        bars(rows, out / "eval.png")
 
 
 def check_out(args) -> None:

@@ -34,7 +34,7 @@ from engine.rollout import decode, generate, turn_end
 from losses import clip_tokens, token_logps
 from tasks import world
 from tasks.catalog import load_task
-from tasks.data import Example, Task, Wording, chat_ids
+from tasks.data import Example, Task, Wording, chat_ids, text_ids
 from tasks.recognise import example_for, example_of
 from unisd import Batch, read, read_plainly, score_teachers, tokens_of, weigh
 
@@ -83,7 +83,7 @@ def explain(lm: Loaded, example: Example, answer: str | list[int] | None = None,
     if answer is None:
         answer = write(lm, prompts["student"], cfg)
     if isinstance(answer, str):
-        answer = [*lm.tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"], turn_end(lm)]
+        answer = [*text_ids(lm.tokenizer, answer), turn_end(lm)]
     if len(answer) > cfg.max_new_tokens:
         raise ValueError(f"the answer has {len(answer)} tokens: raise --max-new-tokens, which is {cfg.max_new_tokens}")
     ids = torch.tensor([answer], dtype=torch.long, device=lm.device)

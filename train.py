@@ -37,6 +37,7 @@ from engine.reading import PackedReader, token_slices
 from engine.rollout import generate, right_pad, turn_end
 from engine.watch import Clock, Watch, after_training, before_training, log_row
 from losses import quantile_ceiling
+from tasks.data import text_ids
 from unisd import Batch, Scores, Tokens, Weights, context_readings, read, score_teachers, tokens_of, weigh
 
 
@@ -184,7 +185,7 @@ def write_answers(run: Run, prompts: list[dict], chosen: list[int], tally: dict)
         if "answer" not in x:
             e = run.task.train[i]
             text = e.demo if cfg.sft_target == "worked" else e.target or e.reference
-            row = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            row = text_ids(lm.tokenizer, text)
             # A solution that had to be cut does not end where it was cut: it gets no end token, or the student learns
             # to stop half way.
             x["answer"] = [*row, end] if len(row) < cfg.max_new_tokens else row[: cfg.max_new_tokens]

@@ -14,7 +14,8 @@ from datetime import date
 
 from engine.checkpoint import writable
 from engine.config import PRESETS, Config, add_flag, make, saved_settings
-from engine.loading import SHORT, Loaded, choose_device, load, load_base, speaks_world
+from engine.loading import Loaded, choose_device, load, load_base
+from engine.pretrained import SHORT, speaks_world
 
 TEXTS = {
     "--question": "the same, by name",

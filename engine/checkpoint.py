@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 
 from engine import parallel
 from engine.config import Config, flag, saved_settings
-from engine.loading import SHORT
+from engine.pretrained import SHORT
 
 try:
     import fcntl

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from engine.checkpoint import write_json
 from engine.loading import Loaded
 from engine.rollout import decode, generate, right_pad
-from tasks.data import Example, Task, TooLong, chat_ids, context_message, fit_prompt, instruction_message, teacher_message
+from tasks.data import Example, Task, TooLong, chat_ids, context_message, fit_prompt, instruction_message, teacher_message, text_ids
 
 INDUCE = "{demos}\n\nThe examples above are solved tasks of one kind. Write one general instruction of two or three sentences that "
 INDUCE += "would help someone to solve a new task of this kind well. Do not solve a task and do not mention these examples."
@@ -68,7 +68,7 @@ def similar_demos(pool: list[Example], vectors: Tensor, index: int, contexts: in
 @torch.no_grad()
 def states_of(lm: Loaded, texts: list[str], batch: int = 32) -> Tensor:
     """The model's own mean-pooled final-layer states of each text, unit length. -> (n, H), fp32, on the CPU."""
-    rows = [lm.tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"][: lm.context] or [0] for t in texts]
+    rows = [text_ids(lm.tokenizer, t)[: lm.context] or [0] for t in texts]
     out = torch.zeros(len(rows), lm.model.config.get_text_config().hidden_size)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # little padding
     lm.model.eval()

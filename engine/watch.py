@@ -161,6 +161,22 @@ def curves(log: Path, picture: Path, title: str) -> None:
     figure.savefig(picture, dpi=110)
 
 
+def bars(rows: dict[str, dict[str, tuple[float, list[float]]]], picture: Path) -> None:
+    """{model or base: {task: (accuracy, interval)}} -> a picture: per task a bar of each, with its 95 % interval."""
+    columns = list(next(iter(rows.values())))
+    figure = Figure(figsize=(1.8 + 1.5 * len(columns), 3.6), layout="constrained")
+    axis = figure.subplots()
+    for k, (who, cells) in enumerate(rows.items()):
+        x = [i + 0.38 * (k - (len(rows) - 1) / 2) for i in range(len(columns))]
+        y, (low, high) = [cells[c][0] for c in columns], ([cells[c][1][end] for c in columns] for end in (0, 1))
+        spread = [[max(0.0, a - b) for a, b in zip(y, low, strict=True)], [max(0.0, b - a) for a, b in zip(y, high, strict=True)]]
+        axis.bar(x, y, 0.36, yerr=spread, capsize=3, color=("#999999", INK[0])[k + 2 - len(rows)], label=who)
+    axis.set_xticks(range(len(columns)), [c.replace(" (", "\n(") for c in columns])
+    axis.set(ylabel="accuracy, per cent", ylim=(0, 105), title="held-out accuracy, greedy, 95 % intervals")
+    axis.legend()
+    figure.savefig(picture, dpi=120)
+
+
 def kept_answers(run, out: Path) -> Path | None:
     """Where the held-out answers of this run are kept while it runs: accuracy and drift are measured on the same ones."""
     return None if run.ranks.size > 1 else out / ".answers"

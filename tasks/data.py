@@ -13,10 +13,14 @@ Depends on nothing of ours.   Try it:  python -m pytest tests/test_data.py -q
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
+
+MARK = "where-a-text-will-stand"  # a template's own words are what stands around it
 
 
 class TooLong(ValueError):
@@ -69,13 +73,58 @@ class Task:
         return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def chat_ids(tokenizer, message: str) -> list[int]:
-    """A user message as prompt ids, up to and including the assistant header. "Thinking" is off, in training and evaluation."""
+def render(tokenizer, *texts: str, prompt: bool = False) -> str:
+    """A chat as its template writes it, user and assistant in turn; prompt: the assistant's header follows. "Thinking" is off."""
     stop_clock(tokenizer)
-    chat = [{"role": "user", "content": message}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    # The template has the special tokens already. Not verbose: prompts that are too long are handled, and reported, by us.
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    chat = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt, enable_thinking=False)
+
+
+def plain_ids(tokenizer, text: str, **how) -> list[int]:
+    """The ids of a text with its special tokens in it. Not verbose: prompts that are too long are handled, and reported, by us."""
+    return tokenizer(text, add_special_tokens=False, verbose=False, **how)["input_ids"]
+
+
+@lru_cache(maxsize=8)
+def control_tokens(tokenizer, template: str, size: int) -> tuple[dict[int, str], int]:
+    """Special tokens, and all that the template marks turns with. -> ({id: its text}, how many a prompt has of them)
+    template, size: tokenizer.chat_template and len(tokenizer), with which the answer changes."""
+    frame, around = render(tokenizer, "x", "x", "x"), render(tokenizer, MARK, prompt=True).split(MARK)
+    marks = lambda token: token.special or (token.content.strip() and token.content in frame)
+    found = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if marks(token)}
+    return found, sum(i in found for part in around for i in plain_ids(tokenizer, part))
+
+
+def text_ids(tokenizer, text: str) -> list[int]:
+    """The ids of a text that is nothing but text: where <|im_end|> stands in it, these are ten characters, and they end nothing."""
+    control, _ = control_tokens(tokenizer, str(tokenizer.chat_template), len(tokenizer))
+    for how in ({}, {"split_special_tokens": True}):
+        if control.keys().isdisjoint(ids := plain_ids(tokenizer, text, **how)):
+            return ids
+    # Some are not "special", or are words of the vocabulary: cut behind its first character, each is a token no more.
+    inside = "|".join(f"(?<={re.escape(c[0])})(?={re.escape(c[1:])})" for c in control.values())
+    return [i for piece in re.split(inside, text) for i in plain_ids(tokenizer, piece, split_special_tokens=True)]
+
+
+def chat_ids(tokenizer, message: str) -> list[int]:
+    """A user message as prompt ids, up to and including the assistant header. "Thinking" is off, in training and evaluation.
+    Nothing in the message controls; ValueError where the template rewrites one in which a control token stands."""
+    control, usual = control_tokens(tokenizer, str(tokenizer.chat_template), len(tokenizer))
+    ids = plain_ids(tokenizer, text := render(tokenizer, message, prompt=True))
+    if sum(i in control for i in ids) == usual or text_ids(tokenizer, message) == plain_ids(tokenizer, message):
+        return ids
+    head, _, tail = render(tokenizer, MARK, prompt=True).partition(MARK)
+    if not (text.startswith(head) and text.endswith(tail)):
+        raise ValueError(f"the chat template rewrites the text {message[:60]!r}, in which a control token stands: take that out")
+    said = text[len(head) : len(text) - len(tail)]  # the message, which some templates strip
+    return plain_ids(tokenizer, head) + text_ids(tokenizer, said) + plain_ids(tokenizer, tail)
+
+
+def opened_tag(tokenizer) -> str:
+    """The tag, <think> for one, that the template leaves open before every answer although "thinking" is off; "" if none."""
+    header = render(tokenizer, MARK, prompt=True).rpartition(MARK)[2]
+    tags = re.findall(r"[<\[◁][^<>[\]]*(?:think|thought|reason)[^<>[\]]*[>\]▷]", header, re.IGNORECASE)
+    return tags[-1] if tags and not re.search("/|end", tags[-1], re.IGNORECASE) else ""
 
 
 def stop_clock(tokenizer) -> None:
@@ -111,7 +160,7 @@ def fit_prompt(tokenizer, build: Callable[[str], str], reference: str, limit: in
     Raises TooLong if even the prompt without the reference is over the limit.
     """
     ids = chat_ids(tokenizer, build(reference))
-    tokens = tokenizer(reference, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = text_ids(tokenizer, reference) if len(ids) > limit else []
     kept = len(tokens)
     while len(ids) > limit and kept > 0:
         kept = max(0, kept - (len(ids) - limit))

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import eval as command
-from engine.loading import TINY
+from engine.pretrained import TINY
 from tasks import world
 from tasks.data import Task
 

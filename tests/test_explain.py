@@ -21,8 +21,9 @@ from engine import contexts
 from engine.asking import parse, speaks_world
 from engine.config import Config, make
 from engine.head import head_of
-from engine.loading import TINY, load
+from engine.loading import load
 from engine.page import fitted, html_page, number, printable, show, table
+from engine.pretrained import TINY
 from engine.reading import PackedReader
 from explain import explain
 from tasks import world

@@ -12,7 +12,8 @@ from torch.testing import assert_close
 import eval as command
 from engine import metrics
 from engine.head import head_of
-from engine.loading import TINY, load
+from engine.loading import load
+from engine.pretrained import TINY
 from engine.rollout import generate
 from tasks import world
 from unisd import read

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from engine.config import make
-from engine.loading import SHORT, TINY, load
+from engine.loading import load
+from engine.pretrained import SHORT, TINY
 from tasks import benchmarks
 
 CPU = torch.device("cpu")

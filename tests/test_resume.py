@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import train
 from engine import build, checkpoint
 from engine.config import parse
-from engine.loading import TINY
+from engine.pretrained import TINY
 
 ROOT = Path(__file__).parents[1]
 

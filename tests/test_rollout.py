@@ -9,10 +9,12 @@ import pytest
 import torch
 from conftest import ROWS, VOCAB, small_model
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine import loading, rollout
 from engine.head import head_of, sampled_logps
-from engine.loading import TINY, Loaded, end_ids, load
+from engine.loading import Loaded, end_ids, load
+from engine.pretrained import TINY
 from engine.rollout import completion_mask, decode, generate, left_pad, turn_end
 from tasks.data import chat_ids
 from unisd import read
@@ -114,6 +116,76 @@ def test_the_template_says_how_a_turn_ends(tiny):
     assert tiny.tokenizer.convert_ids_to_tokens(turn_end(tiny)) == "<|im_end|>"
 
 
+CHATS = {  # how a family of models ends turns: what its template writes, its end ids, the end of an answer
+    "phi3": (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+        "{{ '<|assistant|>\n' if add_generation_prompt else '<|endoftext|>' }}",
+        ["<|endoftext|>", "<|assistant|>", "<|end|>"],
+        "<|end|>",
+    ),
+    "glm4": (  # nothing closes an answer but the header of the next turn
+        "[gMASK]{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}"
+        "{{ '<|assistant|>' if add_generation_prompt }}",
+        ["<|endoftext|>", "<|user|>"],
+        "<|user|>",
+    ),
+    "llama2": (
+        "{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + ' </s>' }}"
+        "{% endfor %}",
+        ["<|endoftext|>", "</s>"],
+        "</s>",
+    ),
+    "no end": ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", ["<|im_end|>"], "<|im_end|>"),
+}
+
+
+@pytest.mark.parametrize("family", CHATS)
+def test_the_end_of_a_turn_is_the_first_end_after_the_answer(family, tiny):
+    """Not the last one: behind the last answer, Phi-3's template also ends the text."""
+    template, ends, expected = CHATS[family]
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.add_tokens(["<|end|>", "<|user|>", "<|assistant|>", "</s>"], special_tokens=True)
+    tokenizer.chat_template = template
+    lm = Loaded(tiny.model, tokenizer, tokenizer.convert_tokens_to_ids(ends), len(tokenizer), family)
+    assert tokenizer.convert_ids_to_tokens(turn_end(lm)) == expected
+
+
+@pytest.mark.parametrize(
+    ("header", "opened"),
+    [
+        ("<think>\n", "<think>"),
+        ("[THINK]", "[THINK]"),
+        ("<think>\n\n</think>\n\n", ""),
+        ("<|begin_of_thought|>", "<|begin_of_thought|>"),
+    ],
+)
+def test_a_template_that_always_thinks_is_named(header, opened, tmp_path, recwarn):
+    """Once a line, and not where the template closes what it opens, as Qwen3's does with thinking off."""
+
+    def thinking(folder):
+        file = folder / "chat_template.jinja"
+        file.write_text(file.read_text().replace("assistant\n", "assistant\n" + header))
+
+    load(spoiled(tmp_path, thinking), CPU)
+    told = [str(w.message) for w in recwarn if "thinking" in str(w.message)]
+    assert [f"opens {opened} even with thinking off" in line for line in told] == [True] * bool(opened)
+
+
+def test_the_pad_token_learns_too(tmp_path):
+    """Where it is the end of text, as often, an input embedding that never gets a gradient could not learn."""
+
+    def pad_is_end(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        model.config.tie_word_embeddings, model.config.pad_token_id = False, 2
+        model.save_pretrained(folder)
+
+    model = load(spoiled(tmp_path, pad_is_end), CPU).model
+    table = model.get_input_embeddings()
+    model(input_ids=torch.tensor([[5, 2, 6]])).logits[0, -1].sum().backward()
+    assert table.padding_idx is None and (table.weight.grad[2] != 0).any()
+
+
 def test_too_long_a_prompt_is_refused():
     with pytest.raises(ValueError, match="max-new-tokens"):
         generate(fake(small_model()), [[5] * 120], 20, 0.0)
@@ -133,7 +205,7 @@ def test_refusals_name_the_fix(tmp_path):
         load(spoiled(tmp_path / "a", no_template), CPU)
 
     def too_few(folder):
-        model = loading.AutoModelForCausalLM.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder)
         model.resize_token_embeddings(100)
         model.save_pretrained(folder)
 

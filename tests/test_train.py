@@ -19,8 +19,8 @@ import train
 import unisd
 from engine import build, checkpoint, config, metrics, watch
 from engine.config import RECIPES, Config, make, parse
-from engine.loading import TINY
 from engine.parallel import ALONE
+from engine.pretrained import TINY
 from tasks import world
 from tasks.data import Example
 
