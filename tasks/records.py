@@ -5,7 +5,7 @@ message, a worked reference in the very format that the message asks for, and wh
 `code_example` also serve your own file, see jsonl.py. It exists so that a reference would be scored as right: a teacher shown a
 solution in another format than the one asked for passes the wrong format on.
 
-Depends on data.py, scoring.py.   Try it:  python -m pytest tests/test_benchmarks.py -q
+Depends on data.py, said.py, scoring.py.   Try it:  python -m pytest tests/test_benchmarks.py -q
 """
 
 import ast
@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tasks.data import Example
-from tasks.scoring import LETTERS, as_number, defined, parse_python, react_calls, same
+from tasks.said import LETTERS, as_number
+from tasks.scoring import defined, parse_python, react_calls, same
 
 CHOICE = """{question}
 
