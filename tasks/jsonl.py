@@ -29,7 +29,7 @@ from pathlib import Path
 
 from tasks.data import Example, Task
 from tasks.negatives import add_negatives
-from tasks.records import Skip, choice_example, code_example, paragraphs
+from tasks.records import Skip, choice_example, code_example, paragraphs, unix
 from tasks.said import LETTERS, as_number, last_line
 from tasks.scoring import FENCE, score_all
 
@@ -211,7 +211,7 @@ def checked_text(value, what: str) -> str:
         raise Skip(f"{what} is empty")
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise Skip(f"{what} holds half a surrogate pair, which is no character")
-    return value.replace("\r\n", "\n").strip()
+    return unix(value)
 
 
 def checked_list(record: dict, name: str) -> list[str]:
