@@ -8,7 +8,7 @@
 4. Only where nothing is stated, the last line (a letter, a text) or the last number is the answer.
 
 Lost by decision, for each could be something else: an option's text without its letter; a fraction, root or power for a decimal
-(3/4, 3\\sqrt{2}); a number in words; two numbers in one statement ("2 hours and 5 minutes", "12 000"); what is only likely.
+(3/4, 3\\sqrt{2}); a number in words; two numbers in one statement ("2 hours and 5 minutes", "12 000").
 
 Depends on nothing of ours.   Try it:  python -m pytest tests/test_said.py -q
 """
@@ -194,7 +194,7 @@ SCALES = dict(hundred=100, thousand=10**3, million=10**6, billion=10**9, trillio
 _UNITS = "aghlmopsACFJLNVW"  # of one letter; another letter after a number is a variable, or thousands (k, M)
 _POWER = re.compile(r"(?<=\d)\s?(?:[*×x]|\\times|\\cdot)\s?10\s?(?:\^|\*\*)\s?(\{[-+]?\d{1,4}\}|[-+]?\d{1,4}(?!\d))")
 _MORE = re.compile(  # where what is said of a value begins
-    r"(?<=\w)[.!]\s+(?=[A-Za-z])(?!(?:or|maybe|perhaps|possibly|no)\b)"
+    r"[.!]\s+(?=[A-Za-z])(?!(?:or|maybe|perhaps|possibly|no)\b)"
     r"|[\s,(](?:because|since|as|which|due|so|not|instead|rather)\b",
     re.I,
 )
@@ -214,8 +214,7 @@ def _numeric(text: str) -> str:
     return _POWER.sub(lambda power: f"e{power[1].strip('{}')}", _UNIT.sub(r"\1 ", text))
 
 
-def _decimal(text: str) -> Decimal:
-    return Decimal(re.sub(r"[^\d.eE-]", "", text))
+_decimal = lambda text: Decimal(re.sub(r"[^\d.eE-]", "", text))
 
 
 def as_number(text: str) -> Decimal | None:
@@ -226,7 +225,9 @@ def as_number(text: str) -> Decimal | None:
 
 def number_in(text: str) -> Decimal | None:
     """The one number that a statement gives, whatever its unit ("72 apples", "3 * 6 = 18", "2 million"), or None."""
-    text = _MORE.split(text.strip(), maxsplit=1)[0]
+    digit = re.search(r"\d", text)
+    more = digit and _MORE.search(text, digit.end())
+    text = text[: more.start()] if more else text
     working, _, text = text.rpartition("=")  # x = 3 or x = 4 is no working
     text = undressed(text, (*_PAIRS, *_BRACKETS))
     text = re.sub(r"\A-\s+(?=[\d$.])", "-", text if re.search(r"[(\[{]", text) else text.rstrip(")]}."))

@@ -2,9 +2,9 @@
 
 `Example.answer` says what is compared, as plain data; its "kind" says how:
 
-    choice   {"letter": "B", "options": [...]}                the last answer stated, by its letter
-    number   {"value": "72", "mark": "####"}                  the number after the mark, as a decimal
-    text     {"value": "Paris", "mark": "Answer:"}            exact, except for case, spaces and punctuation
+    choice   {"letter": "B", "options": [...]}                the letter that is stated
+    number   {"value": "72", "mark": "####"}                  the number that is stated, as a decimal
+    text     {"value": "Paris", "mark": "Answer:"}            exact, except for case, spaces and punctuation of prose
     tools    {"calls": [{"action": ..., "arguments": {}}]}    all calls, in order, by parsed JSON values
     code     {"entry": "f", "tests": [...], "prelude": ""}    the tests, run in sandbox.py
     None     nothing to compare with: never correct, always abstained

@@ -171,6 +171,7 @@ x = 18
 １８
 18, not 20
 The answer is 18
+The number of apples which remain is 18
 --- 2000000
 2 million
 $2 million
