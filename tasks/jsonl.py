@@ -10,11 +10,11 @@
     split      optional: "train" or "test"; without it a share of the questions is held back as test
 
 A line with choices is scored by the letter, with tests by running them, with an answer alone by comparing: as a number where the
-answer is one ("1,200" is 1200), else as a whole text, whatever its case and punctuation ("the Paris" is not "Paris"). With none of
-these a line trains but is not scored. It exists so that your own questions need no code, and no mistake in them goes unnoticed:
+answer is one ("1,200" is 1200), else as a whole text, whatever its case and the punctuation of prose ("C#" is not "C"). With none
+of these a line trains but is not scored. It exists so that your own questions need no code, and no mistake in them goes unnoticed:
 bad lines are left out, odd ones used, and the manifest names both.
 
-Depends on data.py, records.py, scoring.py, negatives.py.   Try it:  python -m pytest tests/test_jsonl.py -q
+Depends on data.py, records.py, said.py, scoring.py, negatives.py.   Try it:  python -m pytest tests/test_jsonl.py -q
 """
 
 import hashlib
@@ -29,8 +29,9 @@ from pathlib import Path
 
 from tasks.data import Example, Task
 from tasks.negatives import add_negatives
-from tasks.records import Skip, choice_example, code_example, paragraphs
-from tasks.scoring import FENCE, LETTERS, as_number, last_line, score_all
+from tasks.records import Skip, choice_example, code_example, paragraphs, unix
+from tasks.said import LETTERS, as_number, last_line
+from tasks.scoring import FENCE, score_all
 
 FIELDS = "question reference answer choices tests negative context split".split()
 EXACT = """{question}
@@ -210,7 +211,7 @@ def checked_text(value, what: str) -> str:
         raise Skip(f"{what} is empty")
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise Skip(f"{what} holds half a surrogate pair, which is no character")
-    return value.replace("\r\n", "\n").strip()
+    return unix(value)
 
 
 def checked_list(record: dict, name: str) -> list[str]:

@@ -12,7 +12,7 @@ A candidate counts only if the scorer reads an answer in it and calls it wrong; 
 does not call the reference right, nothing can be proven: no negative. It exists because a "wrong" reference that is right by
 accident, or that only looks different, teaches the student to avoid the right answer, or a format.
 
-Depends on data.py, scoring.py, sandbox.py.   Try it:  python -m pytest tests/test_benchmarks.py -q
+Depends on data.py, said.py, scoring.py, sandbox.py.   Try it:  python -m pytest tests/test_benchmarks.py -q
 """
 
 import ast
@@ -27,8 +27,9 @@ from dataclasses import replace
 from itertools import chain
 
 from tasks.data import Example
+from tasks.said import LETTERS, NUMBER, as_number, plain
 from tasks.sandbox import Limits
-from tasks.scoring import LETTERS, NUMBER, as_number, defined, find_code, given, parse_python, plain, react_calls, score_all
+from tasks.scoring import defined, find_code, given, parse_python, react_calls, score_all
 
 TRIES = 10  # candidates per example, one per round
 QUICK = Limits(wall_seconds=3.0, cpu_seconds=3)  # a mutant that hangs is not used, so it need not be waited for
@@ -121,7 +122,7 @@ def wrong_numbers(example: Example, rng: random.Random, pool: Pool) -> Iterator[
         said = as_number(match[0])
         if said != value:
             return match[0]
-        sign = re.sub(r"[\d,.]", "", match[0])  # and the currency
+        sign = re.match(r"[^\d.]*", match[0])[0]  # and the currency
         return sign + (f"{abs(said + step):,f}" if "," in match[0] else f"{abs(said + step):f}")
 
     for step in rng.sample(SLIPS, len(SLIPS)):

@@ -5,7 +5,7 @@ message, a worked reference in the very format that the message asks for, and wh
 `code_example` also serve your own file, see jsonl.py. It exists so that a reference would be scored as right: a teacher shown a
 solution in another format than the one asked for passes the wrong format on.
 
-Depends on data.py, scoring.py.   Try it:  python -m pytest tests/test_benchmarks.py -q
+Depends on data.py, said.py, scoring.py.   Try it:  python -m pytest tests/test_benchmarks.py -q
 """
 
 import ast
@@ -14,9 +14,11 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tasks.data import Example
-from tasks.scoring import LETTERS, as_number, defined, parse_python, react_calls, same
+from tasks.said import LETTERS, as_number
+from tasks.scoring import defined, json_calls, parse_python, react_calls, same
 
 CHOICE = """{question}
 
@@ -78,10 +80,14 @@ class Benchmark:
         return self.convert(self.name, row, random.Random(f"{seed}-{index}"))
 
 
+def unix(value: Any) -> str:
+    """The text without carriage returns and outer blanks; "" for what is none."""
+    return value.replace("\r\n", "\n").replace("\r", "\n").strip() if isinstance(value, str) else ""
+
+
 def field(row: dict, name: str, needed: bool = True) -> str:
     """A field's text without carriage returns and outer blanks. Raises Skip if it is needed and empty."""
-    value = row.get(name)
-    text = value.replace("\r\n", "\n").strip() if isinstance(value, str) else ""
+    text = unix(row.get(name))
     if needed and not text:
         raise Skip(f"no {name}")
     return text
@@ -97,9 +103,11 @@ def choice_example(name: str, question: str, options: Sequence[str], right: int 
     """The reference: why it is right, if known, and the answer line. `rng`, a Random, shuffles the options. May raise Skip."""
     if right not in range(len(options)):
         raise Skip("no answer")
-    options = [option.strip() if isinstance(option, str) else "" for option in options]
+    options = [unix(option) for option in options]
     if not 2 <= len(options) <= len(LETTERS) or not all(options):
         raise Skip("an option is empty, or there are fewer than two")
+    if [" ".join(option.split()) for option in options].count(" ".join(options[right].split())) > 1:
+        raise Skip("the right option stands there twice")  # case counts: of genes, FF is not ff
     if rng:
         order = rng.sample(range(len(options)), len(options))
         options, right = [options[i] for i in order], order.index(right)
@@ -128,11 +136,11 @@ def gpqa(name: str, row: dict, rng: random.Random) -> Example:
 
 def cos_e(name: str, row: dict, rng: random.Random) -> Example:
     """The answer is the text of a choice."""
-    choices = row.get("choices") or []
-    if row.get("answer") not in choices:
+    choices, right = [unix(choice) for choice in row.get("choices") or []], field(row, "answer", needed=False)
+    if right not in choices:
         raise Skip("the answer is not among the choices")
     why = field(row, "abstractive_explanation", needed=False)
-    return choice_example(name, f"Question: {field(row, 'question')}", choices, choices.index(row["answer"]), why)
+    return choice_example(name, f"Question: {field(row, 'question')}", choices, choices.index(right), why)
 
 
 def medmcqa(name: str, row: dict, rng: random.Random) -> Example:
@@ -158,12 +166,12 @@ def gsm8k(name: str, row: dict, rng: random.Random) -> Example:
 def toolalpaca(name: str, row: dict, rng: random.Random) -> Example:
     """The prompt has the documentation and the ReAct format. The reference: golden_response, if it makes exactly the gold calls."""
     prompt, instruction = field(row, "prompt"), field(row, "instruction", needed=False)
-    written = "\n".join(x for x in row.get("golden_response") or [] if isinstance(x, str)).replace("\r\n", "\n").strip()
-    golden = row.get("golden_answer") or []
-    if isinstance(golden, dict):  # some versions of `datasets` make a record of lists of a list of records
-        golden = [dict(zip(golden, values, strict=True)) for values in zip(*golden.values(), strict=True)]
-    texts = [f"Action: {call.get('Action')}\nAction Input: {call.get('Action_Input') or '{}'}" for call in golden]
-    calls = calls_in("\n".join(texts)) or calls_in(written)
+    written = row.get("golden_response") or []
+    written = "\n".join(filter(None, map(unix, [written] if isinstance(written, str) else written)))
+    try:
+        calls = gold_calls(row.get("golden_answer") or []) or calls_in(written)
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        calls = []
     if not calls or any(call["arguments"] is None for call in calls):
         raise Skip("no gold call, or its input is not a JSON object")
     bare = "\n".join(f"Action: {call['action']}\nAction Input: {json.dumps(call['arguments'])}" for call in calls)
@@ -174,6 +182,17 @@ def toolalpaca(name: str, row: dict, rng: random.Random) -> Example:
     question += (REACT if "Action Input" not in prompt else "") + TOOLS
     reference = written if same(calls_in(written), calls) else bare
     return Example(name, question, reference, {"kind": "tools", "calls": calls, "actions": others})
+
+
+def gold_calls(golden: Any) -> list[dict]:
+    """The calls of a golden_answer: a list of records, one record, a record of lists (some versions of `datasets` make that of a
+    list), or any of these as JSON text. No input is {}. Raises what json_calls does, or ValueError, if it is none of these.
+    """
+    golden = json.loads(golden) if isinstance(golden, str) else golden
+    if isinstance(golden, dict) and all(isinstance(column, list) for column in golden.values()):
+        golden = [dict(zip(golden, values, strict=True)) for values in zip(*golden.values(), strict=True)]
+    records = [golden] if isinstance(golden, dict) else golden
+    return json_calls([record | {"Action_Input": record.get("Action_Input") or {}} for record in records])
 
 
 def calls_in(text: str) -> list[dict]:
@@ -215,14 +234,16 @@ def signature(name: str, node: ast.stmt) -> str:
 def mbpp(name: str, row: dict, rng: random.Random) -> Example:
     """The full set has text and test_setup_code, the sanitized one prompt and test_imports."""
     task = field(row, "prompt", needed=False) or field(row, "text")
-    setup = [*(row.get("test_imports") or []), field(row, "test_setup_code", needed=False)]
-    tests = [test.strip() for test in row.get("test_list") or [] if test.strip()]
-    return code_example(name, task, field(row, "code"), tests, [line.replace("\r\n", "\n") for line in setup if line.strip()])
+    setup = [*map(unix, row.get("test_imports") or []), field(row, "test_setup_code", needed=False)]
+    tests = [unix(test) for test in row.get("test_list") or [] if test.strip()]
+    return code_example(name, task, field(row, "code"), tests, [line for line in setup if line])
 
 
 def humaneval(name: str, row: dict, rng: random.Random) -> Example:
     """The prompt is the start of a program; what stands before the wanted function may be used by answers and tests."""
-    prompt, body, entry = (row.get(column) or "" for column in ("prompt", "canonical_solution", "entry_point"))
+    prompt, body, entry = (
+        (row.get(column) or "").replace("\r\n", "\n") for column in ("prompt", "canonical_solution", "entry_point")
+    )
     before, found, _ = prompt.rpartition(f"def {entry}(")
     if not entry or not found or not body.strip():
         raise Skip("no entry point or no solution")

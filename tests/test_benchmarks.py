@@ -157,6 +157,80 @@ def test_what_cannot_be_used_says_why(name, index, reason):
         convert(name, index)
 
 
+def converted(name, row):
+    return BENCHMARKS[name].to_example(row, 0, 0)
+
+
+def test_a_right_option_that_stands_there_twice_is_left_out():
+    """Whichever of the two letters were right, the other would be called wrong."""
+    gpqa = {"Question": "q", "Correct Answer": "2T", "Incorrect Answer 1": " 2T\r\n"} | {
+        f"Incorrect Answer {i}": str(i) for i in (2, 3)
+    }
+    medmcqa = {"question": "q", "opa": "x", "opb": "x", "opc": "y", "opd": "z"}
+    twice = [("scienceqa", {"question": "q", "choices": ["a  b", "c", "a b"], "answer": 0}), ("gpqa", gpqa)]
+    for name, row in [
+        *twice,
+        ("medmcqa", medmcqa | {"cop": 1}),
+        ("cos_e", {"question": "q", "choices": ["a", "a"], "answer": "a"}),
+    ]:
+        with pytest.raises(Skip, match="the right option stands there twice"):
+            converted(name, row)
+    assert converted("medmcqa", medmcqa | {"cop": 2}).answer["letter"] == "C"  # two wrong ones may be the same
+    genes = converted("scienceqa", {"question": "q", "choices": ["FF", "ff", "Ff"], "answer": 0}).answer
+    assert genes["options"]["ABC".index(genes["letter"])] == "FF"
+
+
+def test_no_carriage_return_comes_through():
+    choices = {"question": "q\r\nr", "choices": ["a\r\nb", "c\rd"]}
+    mbpp = {
+        "text": "t",
+        "code": "def f(x):\r\n    return x",
+        "test_list": ["assert f(1) == 1\r\nassert f(2) == 2"],
+        "test_imports": ["import re\r\n"],
+    }
+    humaneval = {
+        "prompt": "def f(x):\r\n",
+        "canonical_solution": "    return x\r\n",
+        "entry_point": "f",
+        "test": "def check(f):\r\n    assert f(1)",
+    }
+    rows = [
+        ("scienceqa", choices | {"answer": 0}),
+        ("cos_e", choices | {"answer": "a\r\nb"}),
+        ("mbpp", mbpp),
+        ("humaneval", humaneval),
+    ]
+    for name, row in rows:
+        assert "\r" not in str(vars(converted(name, row))).replace("\\r", "\r"), name
+
+
+SENT = {"city": "Oslo", "note": "Action: find\nAction Input: {}"}  # reads like a call, and is an argument
+
+
+@pytest.mark.parametrize(
+    "golden",
+    [
+        [{"Action": "send", "Action_Input": json.dumps(SENT)}],
+        [{"Action": "send", "Action_Input": SENT}],
+        {"Action": "send", "Action_Input": json.dumps(SENT)},
+        json.dumps([{"Action": "send", "Action_Input": json.dumps(SENT)}]),
+        json.dumps({"Action": ["send"], "Action_Input": [json.dumps(SENT)]}),
+    ],
+)
+def test_a_golden_answer_in_every_form(golden):
+    row = dict(rows_of("toolalpaca")[0], golden_answer=golden)
+    e = converted("toolalpaca", row)
+    assert e.answer["calls"] == [{"action": "send", "arguments": SENT}] and score(e, e.reference)["correct"]
+
+
+@pytest.mark.parametrize(
+    "golden", ["no JSON", "3", [3], [None], {"Action": ["a"], "Action_Input": []}, [{"Action_Input": "{}"}], "[" * 9999]
+)
+def test_a_golden_answer_that_is_none_is_counted(golden):
+    with pytest.raises(Skip, match="no gold call"):
+        converted("toolalpaca", dict(rows_of("toolalpaca")[0], golden_answer=golden))
+
+
 def test_answers_are_plain_data(offline_rows):
     for name, b in BENCHMARKS.items():
         for e in benchmarks.draw(b, "test", 0, 0)[0]:
@@ -459,6 +533,38 @@ def test_tools(gold, text, action, arguments, penalised, correct):
     assert r["correct"] is correct and r["both"] is (action == arguments == 1)
     assert r["strict"] is (correct and "tool_calls" not in text)
     assert r["abstained"] is (text.startswith("I would") or "[3]" in text)
+
+
+WITH = json.dumps(GOLD[0]["arguments"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"- Action: send\n- Action Input: {WITH}",
+        f"### Action: send\n### Action Input: {WITH}",
+        f"**Action**: send\n**Action Input**: {WITH}",
+        f"1. Action: send\n2. Action Input: {WITH}",
+        f"action: send\naction_input: {WITH}",
+        f"Action: send\nAction Input:\n```JSON\n{WITH}\n```",
+        f'```JSON\n{{"tool_calls": [{{"name": "send", "arguments": {WITH}}}]}}\n```',
+        f'{{"name": "send", "arguments": {WITH}}}',
+        f'[{{"action": "send", "action_input": {WITH}}}]',
+        f'{{"type": "function", "function": {{"name": "send", "arguments": {json.dumps(WITH)}}}}}',
+        f'I send it.\n<tool_call>\n{{"name": "send", "arguments": {WITH}}}\n</tool_call>',
+    ],
+)
+def test_a_call_in_another_dress(text):
+    e = Example("t", "q", "r", {"kind": "tools", "calls": GOLD, "actions": []})
+    assert score(e, text)["correct"] and not score(e, text.replace("send", "find"))["correct"]
+
+
+def test_what_reads_like_a_call_inside_of_an_argument_is_none():
+    e = Example("t", "q", "r", {"kind": "tools", "calls": [{"action": "send", "arguments": SENT}], "actions": []})
+    assert score(e, call("send", SENT))["correct"]
+    assert score(e, json.dumps({"name": "send", "arguments": SENT}))["correct"]
+    broken = "Action: a\nAction Input: {'x': 'Action: b Action Input: {}'}\n"
+    assert [c["action"] for c in scoring.react_calls(broken + call("c", {}))] == ["a", "c"]
 
 
 def test_lenient_is_the_official_reading_of_arguments():
