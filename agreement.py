@@ -97,7 +97,8 @@ def coefficients(mask: Tensor, weights: Tensor, normalizer: str = "batch") -> Te
     if not mask.bool().any():
         raise ValueError("every token is masked: the loss would be 0/0 (is max_new_tokens too small, or was the completion cut?)")
     if normalizer == "batch":
-        return masked_weights / masked_weights.sum()
+        total = masked_weights.sum()
+        return masked_weights / total.where(total > 0, 1.0)  # all underflowed: nobody has a say, instead of 0/0
     if normalizer == "sequence":
         return masked_weights / masked_weights.sum(-1, keepdim=True).clamp(min=1.0) / len(masked_weights)
     raise ValueError(f"normalizer must be batch or sequence, got {normalizer!r}")

@@ -228,7 +228,8 @@ def weigh(mask: Tensor, m: Mechanisms, contexts=None, compared=None, dtype=torch
     Raises ValueError if every token is masked, or for K = 1 with variance.
     """
     ones = torch.ones(mask.shape, dtype=dtype if contexts is None else contexts.dtype, device=mask.device)
-    w = ones if contexts is None else reliability(contexts, mask if compared is None else compared, m)
+    compared = mask if compared is None else compared
+    w = reliability(contexts, compared, m) if contexts is not None and compared.any() else ones  # empty answers: nothing to compare
     return Weights(w, *(agreement.coefficients(mask, x, m.normalizer) for x in (w, ones)))
 
 

@@ -87,8 +87,8 @@ def check_head(model: nn.Module, vocab: int, prompt: list[int]) -> None:
 
 
 def chunks(n: int, size: int) -> list[slice]:
-    """n things in slices of at most `size`: chunks(5, 2) = 0:2, 2:4, 4:5."""
-    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+    """n things in slices of at most `size`: chunks(5, 2) = 0:2, 2:4, 4:5. Of nothing it is one empty slice, 0:0."""
+    return [slice(i, min(i + size, n)) for i in range(0, max(n, 1), size)]
 
 
 def tokens_per_chunk(chunk: int, vocab: int) -> tuple[int, int, int]:
@@ -113,7 +113,7 @@ def each_token(states: Tensor, head: Head, temperature: float, chunk: int, measu
         for part in chunks(len(logits), piece):
             which = slice(block.start + part.start, block.start + part.stop)
             found.append(measure(head.logps(logits[part], temperature), which))
-    return torch.cat(found) if found else states.new_zeros(0)
+    return torch.cat(found)
 
 
 def sampled_logps(states: Tensor, ids: Tensor, head: Head, temperature: float, chunk: int) -> Tensor:

@@ -131,6 +131,18 @@ def test_refusals():
     assert (disagreement(READINGS[:1], MASK, "token", "range") == 0).all()
 
 
+@pytest.mark.parametrize("normalizer", ["batch", "sequence"])
+def test_weights_that_all_underflow_give_nobody_a_say(normalizer):
+    """exp(-gamma d) is 0 from about 104 on in fp32: then the loss is 0, and not 0/0."""
+    weights = sequence_weights(torch.tensor([200.0, 1e30]), 1.0).unsqueeze(1).expand(2, 3)
+    loss = torch.rand(2, 3, requires_grad=True)
+    mean = weighted_mean(loss, MASK, weights, normalizer)
+    mean.backward()
+    assert (weights == 0).all() and mean == 0 and (loss.grad == 0).all()
+    one = torch.tensor([[1e-40] * 3, [0.0] * 3])  # of what is left, all have the say
+    assert coefficients(MASK, one, "batch").sum().item() == pytest.approx(1, rel=1e-3)
+
+
 def test_no_gradient_and_no_change_of_inputs():
     r = READINGS.clone().requires_grad_()
     delta = disagreement(r, MASK, "token", "range")

@@ -480,3 +480,59 @@ def test_a_scaled_loss_has_a_scaled_gradient_and_nothing_else():
     assert_close(torch.autograd.grad(much, student)[0], 1024 * torch.autograd.grad(once, student)[0], **EXACT)
     assert all(values[name].equal(same[name]) for name in values)
     assert scaled(tokens, 1.0) is tokens
+
+
+# --- empty answers: nothing to learn from, and nothing to fall over ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "m",
+    [
+        EVERYTHING,
+        Config(divergence="jsd", clip=0.3),
+        Config(estimator="top-k", top_k=3),
+        Config(w_div=0.0, w_match=1.0),
+        Config(clip_quantile=0.5),
+        Config(agreement="token", gamma=1.0, agreement_budget=0.5),
+    ],
+    ids=["everything", "jsd", "top-k", "match", "quantile", "budget"],
+)
+def test_a_micro_batch_of_empty_answers_adds_nothing(model, m):
+    """Rows 2 and 3 are empty and a micro-batch of their own: loss, gradient and log are those of the other two."""
+    batch = batch_of((5, 3, 0, 0))
+    step, total, values = scored(model, batch, m), 0.0, []
+    for rows, piece in token_slices(batch.mask, 2):
+        part, each = step.loss(model, m, rows, piece)
+        part.backward()
+        total += part.detach()
+        values.append(each)
+    assert part == 0 and {k: v.shape for k, v in each.items()} == dict.fromkeys(values[0], (0,))
+    found = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    alone = Batch(
+        *([x[:2] for x in (batch.student, batch.teacher, batch.negative)]),
+        [c[:2] for c in batch.contexts],
+        batch.ids[:2],
+        batch.mask[:2],
+    )
+    budget = replace(m, agreement_budget=1.0)  # half of four is the two that are not empty
+    loss, _ = scored(model, alone, budget).loss(model, budget)
+    loss.backward()
+    assert_close(total, loss.detach(), **EXACT)
+    for n, p in model.named_parameters():
+        assert_close(found[n], p.grad, **EXACT)
+
+
+def test_contexts_of_empty_answers_only_leave_every_weight_at_one():
+    """The random control may pick rows without a token: nothing was compared, which is no reason to end a run."""
+    mask, m = torch.tensor([[1, 1], [0, 0]]), Config(agreement="token", gamma=1.0)
+    weights = weigh(mask, m, torch.rand(3, 2, 2), compared=torch.zeros(2, 2))
+    assert (weights.reliability == 1).all() and weights.share.sum() == 1
+
+
+def test_an_empty_piece_is_measured_in_the_type_of_the_others():
+    """In bf16 the first group of a pass may be all empty: what is kept of the next ones must not be rounded to its type."""
+    head = Head(torch.rand(5, 4, dtype=torch.bfloat16), 5)
+    states, ids = torch.rand(3, 4, dtype=torch.bfloat16), torch.tensor([0, 1, 2])
+    full, none = sampled_logps(states, ids, head, 1.0, 0), sampled_logps(states[:0], ids[:0], head, 1.0, 0)
+    assert full.dtype == none.dtype == torch.float32 and none.shape == (0,)
