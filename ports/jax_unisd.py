@@ -107,6 +107,11 @@ def disagreement(logps, mask, level, stat):
 def token_weights(delta, mask, gamma, quantile=0.95, cap=10.0, floor=0.01):
     """(B, T)x2 -> (B, T) in (0, 1]. Raises ValueError if every token is masked."""
     some_token(mask)
+    return compared_weights(delta, mask, gamma, quantile, cap, floor)
+
+
+def compared_weights(delta, mask, gamma, quantile=0.95, cap=10.0, floor=0.01):
+    """The same, and 1 everywhere if every token is masked: a budget may read rows without tokens."""
     delta = jnp.where(mask > 0, stop_gradient(delta), 0.0)
     w = 1.0 / (1.0 + gamma * jnp.minimum(delta / quantile_ceiling(delta, mask, quantile), cap))
     return jnp.where(mask > 0, jnp.maximum(w, floor), 1.0)
@@ -118,7 +123,12 @@ def coefficients(mask, weights, normalizer="batch"):
     mw = jnp.where(mask > 0, stop_gradient(weights), 0.0)
     if normalizer not in ("batch", "sequence"):
         raise ValueError(f"normalizer is batch or sequence, got {normalizer!r}")
-    return mw / mw.sum() if normalizer == "batch" else mw / jnp.maximum(mw.sum(1, keepdims=True), 1.0) / len(mw)
+    total = mw.sum()  # 0 where all weights underflowed: then nobody has a say
+    return (
+        mw / jnp.where(total > 0, total, 1.0)
+        if normalizer == "batch"
+        else mw / jnp.maximum(mw.sum(1, keepdims=True), 1.0) / len(mw)
+    )
 
 
 # --- EMA, eq. 3 -------------------------------------------------------------------------------------------------------
@@ -158,6 +168,10 @@ def head_logps(states, weight, bias=None, vocab=None, softcap=None, temperature=
 # --- the objective, eq. 1 and 9 ---------------------------------------------------------------------------------------
 def objective(student, teacher, negative, contexts, ids, mask, head, teacher_head, *, vocab, rows=None, **s):
     """One step's loss and its parts. Inputs and settings s: as in tests/golden/README.md. -> {"loss": (), ...}."""
+    if s["clip"] and s["clip_quantile"]:
+        raise ValueError("clip and clip_quantile are two ceilings for one divergence: set one of them to 0")
+    if s["estimator"] == "sampled" and s["divergence"] != "reverse":
+        raise ValueError(f"estimator sampled with divergence {s['divergence']}: one token estimates a reverse KL")
     on = mask > 0
     clean = lambda x: None if x is None else jnp.where(on[..., None], x, 0.0)  # before anything is computed
     student, teacher, negative, contexts = map(clean, (student, *map(stop_gradient, (teacher, negative, contexts))))
@@ -180,7 +194,7 @@ def objective(student, teacher, negative, contexts, ids, mask, head, teacher_hea
         read = jnp.zeros_like(mask).at[rows_read].set(mask[rows_read])  # a row that is not read keeps weight 1
         delta = disagreement(written(speak(contexts, s["agreement_temperature"])), read, s["agreement"], s["stat"])
         by_row = s["agreement"] == "sequence"
-        weights = ones * sequence_weights(delta, gamma)[:, None] if by_row else token_weights(delta, read, gamma)
+        weights = ones * sequence_weights(delta, gamma)[:, None] if by_row else compared_weights(delta, read, gamma)
     c, a = (coefficients(mask, w, s["normalizer"]) for w in (weights, ones))
 
     terms = -s["w_nll"] * a * written(p)

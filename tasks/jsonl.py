@@ -29,9 +29,10 @@ from pathlib import Path
 
 from tasks.data import Example, Task
 from tasks.negatives import add_negatives
+from tasks.programs import defines, fences
 from tasks.records import Skip, choice_example, code_example, paragraphs, unix
 from tasks.said import LETTERS, as_number, last_line
-from tasks.scoring import FENCE, score_all
+from tasks.scoring import joined, score_all
 
 FIELDS = "question reference answer choices tests negative context split".split()
 EXACT = """{question}
@@ -235,11 +236,12 @@ def line_example(record: dict) -> Example:
     if choices:
         example = with_ending(choice_example("choice", question, choices, chosen(choices, answer), ""), reference)
     elif tests:
-        fenced = [match["code"] for match in FENCE.finditer(reference)]
-        example = code_example("code", question, (fenced or [reference])[-1], tests)
+        fenced = [fence.code for fence in fences(reference)]
+        gold = joined(*(code for code in fenced if defines(code, ""))) or (fenced or [reference])[-1]
+        example = code_example("code", question, gold, tests)
         if fenced:
             example = replace(example, reference=reference)  # what stands around the code stays
-        if negative and not FENCE.search(negative):
+        if negative and not fences(negative):
             negative = f"```python\n{negative}\n```"
     elif answer is not None:
         example = exact_example(question, reference, answer)

@@ -12,7 +12,7 @@ A candidate counts only if the scorer reads an answer in it and calls it wrong; 
 does not call the reference right, nothing can be proven: no negative. It exists because a "wrong" reference that is right by
 accident, or that only looks different, teaches the student to avoid the right answer, or a format.
 
-Depends on data.py, said.py, scoring.py, sandbox.py.   Try it:  python -m pytest tests/test_benchmarks.py -q
+Depends on data.py, programs.py, said.py, scoring.py, sandbox.py.   Try it:  python -m pytest tests/test_benchmarks.py -q
 """
 
 import ast
@@ -27,9 +27,10 @@ from dataclasses import replace
 from itertools import chain
 
 from tasks.data import Example
+from tasks.programs import defines, find_code, parse_python
 from tasks.said import LETTERS, NUMBER, as_number, plain
 from tasks.sandbox import Limits
-from tasks.scoring import defined, find_code, given, parse_python, react_calls, score_all
+from tasks.scoring import given, react_calls, score_all
 
 TRIES = 10  # candidates per example, one per round
 QUICK = Limits(wall_seconds=3.0, cpu_seconds=3)  # a mutant that hangs is not used, so it need not be waited for
@@ -186,9 +187,10 @@ OTHER |= {"append": "extend", "sorted": "list", "reversed": "list", "abs": "int"
 
 
 def wrong_programs(example: Example, rng: random.Random, pool: Pool) -> Iterator[str]:
-    code, _ = find_code(example.reference, example.answer["entry"])
+    parts, entry = find_code(example.reference, example.answer["entry"])[0], example.answer["entry"]
+    code = next((part for part in reversed(parts) if defines(part, entry)), "")
     for mutant in mutants(code, rng):
-        if example.answer["entry"] in defined(parse_python(mutant)):
+        if defines(mutant, entry):
             yield example.reference.replace(code, mutant, 1)
 
 

@@ -5,10 +5,11 @@ message, a worked reference in the very format that the message asks for, and wh
 `code_example` also serve your own file, see jsonl.py. It exists so that a reference would be scored as right: a teacher shown a
 solution in another format than the one asked for passes the wrong format on.
 
-Depends on data.py, said.py, scoring.py.   Try it:  python -m pytest tests/test_benchmarks.py -q
+Depends on data.py, programs.py, said.py, scoring.py.   Try it:  python -m pytest tests/test_benchmarks.py -q
 """
 
 import ast
+import builtins
 import json
 import random
 import re
@@ -17,8 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tasks.data import Example
+from tasks.programs import defined, parse_python
 from tasks.said import LETTERS, as_number
-from tasks.scoring import defined, json_calls, parse_python, react_calls, same
+from tasks.scoring import json_calls, react_calls, same
 
 CHOICE = """{question}
 
@@ -206,17 +208,19 @@ def code_example(name: str, task: str, gold: str, tests: Sequence[str], setup: S
     tree, tested, prepared = (parse_python("\n".join(part)) for part in ([gold], tests, setup))
     if not tree or not tested or not tested.body or not prepared:
         raise Skip("no tests, or the gold code or its tests are not Python")
-    symbols = defined(tree)
+    symbols = {name: node for name, node in defined(tree).items() if not isinstance(node, ast.Import | ast.ImportFrom)}
     place = lambda node: (node.lineno, node.col_offset)  # in the order in which they stand
     names = [sorted((n for n in ast.walk(part) if isinstance(n, ast.Name)), key=place) for part in (tested, prepared)]
     used = [node.id for part in names for node in part if node.id in symbols]
     if not used:
         raise Skip("the tests use nothing that the gold code defines")
     functions = [symbol for symbol in used if isinstance(symbols[symbol], ast.FunctionDef | ast.AsyncFunctionDef)]
+    entry = ([name for name in functions if not hasattr(builtins, name)] or functions[-1:] or used)[0]
+    used = [name for name in used if name == entry or not hasattr(builtins, name)]  # tests mean Python's own `abs`
     imports = [ast.unparse(node) for node in prepared.body if isinstance(node, ast.Import | ast.ImportFrom)]
     signatures = "\n".join(signature(symbol, symbols[symbol]) for symbol in dict.fromkeys(used))
     question = CODE.format(task=task, signatures=signatures, tests="\n".join([*setup, *(tests[:-HELD_BACK] or tests)]))
-    answer = {"kind": "code", "entry": (functions or used)[0], "tests": [*setup, *tests]}
+    answer = {"kind": "code", "entry": entry, "tests": [*setup, *tests]}
     answer["prelude"] = "\n".join(imports)  # an answer may count on the setup's imports
     return Example(name, question, f"```python\n{gold}\n```", answer)
 
@@ -240,16 +244,21 @@ def mbpp(name: str, row: dict, rng: random.Random) -> Example:
 
 
 def humaneval(name: str, row: dict, rng: random.Random) -> Example:
-    """The prompt is the start of a program; what stands before the wanted function may be used by answers and tests."""
+    """The prompt is the start of a program. What stands before the wanted function is there for answers, and once more for tests:
+    they mean the prompt's own helpers, whatever an answer calls so.
+    """
     prompt, body, entry = (
         (row.get(column) or "").replace("\r\n", "\n") for column in ("prompt", "canonical_solution", "entry_point")
     )
-    before, found, _ = prompt.rpartition(f"def {entry}(")
-    if not entry or not found or not body.strip():
+    tree = parse_python(prompt + body)
+    found = [node for node in tree.body if entry in defined(ast.Module([node], []))] if tree and body.strip() else []
+    if not found:
         raise Skip("no entry point or no solution")
+    first = min([found[-1].lineno, *(node.lineno for node in getattr(found[-1], "decorator_list", []))])
+    before = "\n".join(prompt.split("\n")[: first - 1]).strip()
     question, reference = (f"```python\n{code.strip()}\n```" for code in (prompt, prompt + body))
-    tests = [field(row, "test"), f"check({entry})"]
-    answer = {"kind": "code", "entry": entry, "tests": tests, "prelude": before.strip()}
+    tests = [test for test in (before, field(row, "test"), f"check({entry})") if test]
+    answer = {"kind": "code", "entry": entry, "tests": tests, "prelude": before}
     return Example(name, COMPLETE.format(code=question), reference, answer)
 
 

@@ -4,12 +4,13 @@ A *judge* forks a *program* and then reads the tests. Only plain data (numbers, 
 them: the judge asks "call f with 1" and hears "8"; all else stays in the program and goes by a number. So == compares what the
 judge decoded, and the program holds no test, no expected value and no verdict that it could forge.
 
-Protected on Linux, for root and user alike: files (Landlock: read Python and system libraries, write one private folder), network
-and other processes (a filter on system calls; no fork), environment, time, memory, file size, threads. `describe()` tries attacks
-*here*: before Linux 5.13 files are safe only if root calls (the program then changes uid); without the filter (neither x86_64 nor
-aarch64) a program can do what you can. Windows and macOS have no cage, only a time limit (subprocess_judge.py). Nowhere protected:
-the kernel (use a VM), the disk from small files. A program answers for its own objects; == with one raises unless it is plain data.
-Tests cannot hand functions to a program, add its objects, subclass, `except` or isinstance() its classes, or use `is`.
+Protected on Linux, for root and user alike: files (Landlock, since Linux 5.13: read Python and system libraries, write one private
+folder), network and other processes (a filter on x86_64 and aarch64: only the system calls that a Python needs pass, by name, so it
+does not matter that Landlock knows no TCP before Linux 6.7 and no signals before 6.12), environment, time, memory, file size,
+threads. `describe()` tries attacks *here*: without Landlock files are safe only if root calls (the program then changes uid), and
+without the filter a program can do what you can. Windows and macOS have no cage, only a time limit (subprocess_judge.py). Nowhere
+protected: the kernel (use a VM), the disk from small files. A program answers for its own objects; == with one raises unless it is
+plain data. Tests cannot hand it functions, add its objects, subclass, `except` or isinstance() its classes, or use `is`.
 Standard library only.   Try it:  python -m tasks.sandbox  (tries the attacks)   python -m pytest tests/test_sandbox.py -q
 """
 
@@ -36,7 +37,7 @@ with contextlib.suppress(ImportError):
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 ISOLATES = hasattr(os, "fork") and hasattr(LIBC, "prctl") and "resource" in globals()  # else: subprocess_judge.py
-Jobs = Sequence[tuple[str, Sequence[str]]]  # programs, each with its test statements
+Jobs = Sequence[tuple]  # (program, test statements), and the name that is tested, if it may be one of Python's own (`sum`)
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,7 @@ class Verdict:
 
 
 def run_tests(jobs: Jobs, limits: Limits = Limits(), progress: bool = False) -> list[Verdict]:
-    """Verdicts of each (program, test statements), in order. A job can fail only itself, never another. No tests: not passed.
-    Tests run in order and share their names; a name they do not define is the program's.
-    """
+    """Verdicts of the jobs, in order. None can fail another. No tests: not passed. Tests run in order and share their names."""
     # Not fork(): the caller may have threads. No -E: the environment is ours, a fixed hash seed makes verdicts repeat.
     env = {"PYTHONHASHSEED": "0", "PYTHONINTMAXSTRDIGITS": "0", "MALLOC_ARENA_MAX": "1"}
     env |= {n: os.environ.get(n, "") for n in ("LD_LIBRARY_PATH", "SYSTEMROOT")}  # some builds of Python need them
@@ -71,8 +70,8 @@ def run_tests(jobs: Jobs, limits: Limits = Limits(), progress: bool = False) -> 
     command = [sys.executable, "-SsPB", os.path.abspath(__file__), json.dumps(asdict(limits)), home, str(os.getpid())]
     verdicts = [Verdict(False, "timeout")] * len(jobs)  # stays so if the judge dies: then a test was stuck, or greedy
     with tempfile.TemporaryFile() as queue:
-        for number, (source, tests) in enumerate(jobs):
-            job = json.dumps([number, source, "\n".join(tests)]).encode()
+        for number, (source, tests, *entry) in enumerate(jobs):
+            job = json.dumps([number, source, "\n".join(tests), *entry]).encode()
             queue.write(b"%20d" % len(job) + job)
         queue.seek(0)
         with subprocess.Popen(command, stdin=queue, stdout=subprocess.PIPE, env=env, start_new_session=True) as helper:
@@ -93,7 +92,7 @@ def run_tests(jobs: Jobs, limits: Limits = Limits(), progress: bool = False) -> 
 def describe() -> str:
     """Try some attacks on this machine; a line for each says how it ended."""
     attacks = """open('/etc/passwd') tempfile.TemporaryFile(dir='/tmp') open(f'/proc/{os.getppid()}/environ')
-        os.kill(os.getppid(),0) os.fork()or(os._exit(0)) socket.socket() bytearray(2<<30)""".split()
+        os.kill(os.getppid(),0) os.fork()or(os._exit(0)) socket.socket() socket.socketpair(type=2) bytearray(2<<30)""".split()
     verdicts = run_tests([(f"import os, socket, tempfile\n{attack}", ["pass"]) for attack in attacks])
     return "\n".join(f"{a:40} {'POSSIBLE' if v.passed else v.reason}" for a, v in zip(attacks, verdicts, strict=True))
 
@@ -143,8 +142,7 @@ def _judge(size: int, place: int, limits: Limits, home: str, helper: int) -> Non
         _cage(limits, f"{home}/{place}", from_judge, to_judge, judge)
         return _program(os.fdopen(62), os.fdopen(63, "w"))
     os.close(to_judge)
-    kill = partial(os.killpg, program, signal.SIGKILL)
-    wait = lambda: os.waitstatus_to_exitcode(os.waitpid(program, 0)[1])
+    kill, wait = partial(os.killpg, program, signal.SIGKILL), lambda: os.waitstatus_to_exitcode(os.waitpid(program, 0)[1])
     number, *job = json.loads(os.pread(0, size, place))
     verdict = _run(os.fdopen(hear), os.fdopen(tell, "w"), limits, kill, wait, *job)
     os.write(1, json.dumps([number, *verdict]).encode() + b"\n")
@@ -168,18 +166,14 @@ def _ask(hear, tell, longest: int, operation, /, *args, **named):
     return _decode(value, None, partial(_ask, hear, tell, longest))
 
 
-def _run(hear, tell, limits: Limits, kill, wait, source: str, tests: str) -> list:
+def _run(hear, tell, limits: Limits, kill, wait, source: str, tests: str, entry="") -> list:
     """Test the program at the other end of the pipe, and end it. -> [passed, reason], the reason in one printable line"""
     sys.stdout = sys.stderr = open(os.devnull, "w", errors="replace")  # noqa: SIM115  tests may print
     ask = partial(_ask, hear, tell, limits.output_bytes)
     try:
         ask("run", source)
         tree = ast.parse(tests)
-        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-        given = {name: x for name, x in ask("names", sorted(names)).items() if name in names}
-        # A program may call its function `sum`. But if tests name another function, the `abs` around it is Python's.
-        space = {name: x for name, x in given.items() if name not in vars(builtins)} or given
-        exec(compile(tree, "<tests>", "exec", dont_inherit=True), space)
+        exec(compile(tree, "<tests>", "exec", dont_inherit=True), _means(tree, ask, entry))
         ask("names", [])  # is it still there? A test may have swallowed _Gone
         reason = "passed" if tree.body else "no tests"
     except BaseException as error:
@@ -188,12 +182,25 @@ def _run(hear, tell, limits: Limits, kill, wait, source: str, tests: str) -> lis
             at = [0, *(f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == "<tests>")][-1]
             reason = f"assertion failed: {' '.join(tests.splitlines()[at - 1 : at]).strip() or error}"
         reason = {_Gone: str(error), MemoryError: "memory", SystemExit: "exited early"}.get(type(error), reason)
-    if reason:
-        kill()
-    code = wait()  # -24, -14: SIGXCPU, SIGALRM, so it was too slow
+    code = (reason and kill()) or wait()  # -24, -14: SIGXCPU, SIGALRM, so it was too slow
     ended = "exited early" if code >= 0 else "timeout" if code in (-24, -14) else f"killed: {signal.strsignal(-code)}"
     reason = "".join(c if c.isprintable() else " " for c in reason or ended)[:200]
     return [reason == "passed", reason]
+
+
+def _means(tree: ast.Module, ask, entry: str) -> dict:
+    """What tests take from the program, by name. By `abs` or `math` they mean Python's own, except by `entry`; if that is unknown
+    and all names are Python's own, it is the innermost: sum in abs(sum(2, 2) - 4).
+    """
+    names = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    given = {name: x for name, x in ask("names", sorted(set(names))).items() if name in names}
+    own = given.keys() - vars(builtins).keys()
+    entry = entry or ("" if own else [None, *(name for name in names if name in given)][-1])
+    space = {name: x for name, x in given.items() if name in own or name == entry}
+    for name in own & sys.stdlib_module_names - {entry}:
+        wanted = {x.attr for x in ast.walk(tree) if isinstance(x, ast.Attribute) and ast.unparse(x.value) == name}
+        space[name] = module if wanted and wanted <= vars(module := __import__(name)).keys() else space[name]
+    return space
 
 
 class _Gone(BaseException):
@@ -203,14 +210,9 @@ class _Gone(BaseException):
 class _Remote:
     """An object that stayed in the program. It answers for itself, except that == looks at plain data only."""
 
-    def __init__(self, ask, number):
-        vars(self).update(_ask=ask, _number=number)
-
-    def __getattr__(self, name):
-        return self._ask("getattr", self, name)
-
-    def __eq__(self, other):
-        return self._ask("plain", self) == other
+    __init__ = lambda self, ask, number: vars(self).update(_ask=ask, _number=number)
+    __getattr__ = lambda self, name: self._ask("getattr", self, name)
+    __eq__ = lambda self, other: self._ask("plain", self) == other
 
     async def _wait(self):
         return self._ask("wait", self)
@@ -253,14 +255,22 @@ def _decode(x, home: list | None = None, ask=None):
 
 # --- the program, and its cage: it gives up what it does not need, for good ------------------------------------------
 READABLE = "/lib /lib64 /usr/lib /usr/lib64 /usr/local/lib /nix/store /etc/ld.so.cache /dev/null /dev/urandom /dev/zero"
-CALLS = """MACHINE 3221225534 3221225655 clone 56 220 fcntl 72 25 fork 57 -1 vfork 58 -1 execve 59 221 execveat 322 281
-kill 62 129 tkill 200 130 tgkill 234 131 rt_sigqueueinfo 129 138 rt_tgsigqueueinfo 297 240 pidfd_open 434 434 ptrace 101 117
-process_vm_readv 310 270 process_vm_writev 311 271 prlimit64 302 261 prctl 157 167 socket 41 198 unshare 272 97 setns 308 268
-setpriority 141 140 shmget 29 194 semget 64 190 msgget 68 186 mq_open 240 180 memfd_create 319 279 io_uring_setup 425 425
-bpf 321 280 keyctl 250 219 add_key 248 217 truncate 76 45 chmod 90 -1 fchmod 91 52 fchmodat 268 53 chown 92 -1 lchown 94 -1
-fchownat 260 54 utime 132 -1 utimes 235 -1 futimesat 261 -1 utimensat 280 88 setxattr 188 5 lsetxattr 189 6 fsetxattr 190 7
-removexattr 197 14 lremovexattr 198 15 sched_setaffinity 203 122 sched_setscheduler 144 119 sched_setattr 314 274
-sched_setparam 142 118 ioprio_set 251 30"""
+CALLS = """MACHINE 3221225534 3221225655 read 0 63 write 1 64 open 2 -1 close 3 57 stat 4 -1 fstat 5 80 lstat 6 -1 poll 7 -1 lseek
+8 62 mmap 9 222 mprotect 10 226 munmap 11 215 brk 12 214 rt_sigaction 13 134 rt_sigprocmask 14 135 rt_sigreturn 15 139 ioctl 16 29
+pread64 17 67 pwrite64 18 68 readv 19 65 writev 20 66 access 21 -1 pipe 22 -1 select 23 -1 sched_yield 24 124 mremap 25 216 msync
+26 227 madvise 28 233 dup 32 23 dup2 33 -1 nanosleep 35 101 alarm 37 -1 setitimer 38 103 getpid 39 172 sendto 44 206 recvfrom 45
+207 getsockname 51 204 socketpair 53 199 getsockopt 55 209 clone 56 220 exit 60 93 uname 63 160 fcntl 72 25 flock 73 32 fsync 74 82
+fdatasync 75 83 ftruncate 77 46 getcwd 79 17 chdir 80 49 rename 82 -1 mkdir 83 -1 rmdir 84 -1 unlink 87 -1 symlink 88 -1 readlink
+89 -1 umask 95 166 gettimeofday 96 169 getrusage 98 165 times 100 153 getuid 102 174 getgid 104 176 geteuid 107 175 getegid 108 177
+getppid 110 173 sigaltstack 131 132 gettid 186 178 futex 202 98 sched_getaffinity 204 123 getdents64 217 61 set_tid_address 218 96
+restart_syscall 219 128 fadvise64 221 223 clock_gettime 228 113 clock_getres 229 114 clock_nanosleep 230 115 exit_group 231 94
+epoll_wait 232 -1 epoll_ctl 233 21 openat 257 56 mkdirat 258 34 newfstatat 262 79 unlinkat 263 35 renameat 264 38 symlinkat 266 36
+readlinkat 267 78 faccessat 269 48 pselect6 270 72 ppoll 271 73 set_robust_list 273 99 epoll_pwait 281 22 epoll_create1 291 20 dup3
+292 24 pipe2 293 59 renameat2 316 276 getrandom 318 278 statx 332 291 rseq 334 293 close_range 436 436 faccessat2 439 439"""
+# Some with certain arguments only (place in seccomp_data; 45 any bit, 15 equal; values): threads; pairs of connected streams; locks
+# and copies of descriptors; what a terminal, its size, what waits, not to wait, to close. So no F_SETOWN, no FIOSETOWN: signals.
+ONLY = """clone 10 45 10000 | socketpair 10 15 1 | socketpair 18 15 1 801 80001 80801
+| fcntl 18 15 0 1 2 3 4 5 6 7 406 | ioctl 18 15 5401 5413 541b 5421 5450 5451"""
 
 
 def _program(hear, tell) -> None:
@@ -288,15 +298,12 @@ def _cage(limits: Limits, folder: str, from_judge: int, to_judge: int, judge: in
     """Give up open files, resources, other files, root, system calls: each step takes away what the last one needed."""
     for fd, source in enumerate([os.open(os.devnull, os.O_RDWR)] * 3 + [from_judge, to_judge]):
         os.dup2(source, fd if fd < 3 else fd + 59)
-    os.closerange(3, 62)
-    os.setsid()
-    os.mkdir(folder, 0o700)
-    os.chdir(folder)
+    os.closerange(3, 62), os.setsid()
+    os.mkdir(folder, 0o700), os.chdir(folder)
     os.environ["TMPDIR"] = folder
     uid, threads = 0 if os.geteuid() else 50000 + os.getpid() % 10000, limits.processes  # a uid of its own, if root
     threads += 0 if uid else int(os.read(os.open("/proc/loadavg", os.O_RDONLY), 99).split(b"/")[1].split()[0])
-    LIBC.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    LIBC.prctl(8, 1)  # PR_SET_KEEPCAPS
+    LIBC.prctl(38, 1, 0, 0, 0), LIBC.prctl(8, 1)  # PR_SET_NO_NEW_PRIVS, PR_SET_KEEPCAPS
     for name, value in dict(FSIZE=limits.file_mb << 20, CPU=limits.cpu_seconds, NPROC=threads, NOFILE=64).items():
         with contextlib.suppress(ValueError, OSError):  # it is lower already. CPU: SIGXCPU, a second later SIGKILL
             resource.setrlimit(vars(resource)[f"RLIMIT_{name}"], (value, value + (name == "CPU")))
@@ -304,14 +311,12 @@ def _cage(limits: Limits, folder: str, from_judge: int, to_judge: int, judge: in
     if uid:
         with contextlib.suppress(OSError):  # a root without powers
             os.chown(folder, uid, uid)
-            os.setgroups([])
-            os.setgid(uid)
-            os.setuid(uid)
+            os.setgroups([]), os.setgid(uid), os.setuid(uid)
     _die_with(judge)  # only now: to change the uid cancels it
     # A Python below /root (0700) is closed to others. CAP_DAC_OVERRIDE opens it; Landlock keeps the rest closed.
     bits, header = 2 * (landlock and not os.access(os.__file__, os.R_OK)), struct.pack("Ii", 0x20080522, 0)
     LIBC.capset(header, struct.pack("6I", bits, bits, 0, 0, 0, 0)) and LIBC.capset(header, bytes(24))
-    _filter()
+    os.uname().machine in ("x86_64", "aarch64") and _filter()
 
 
 def _landlock(folder: str) -> bool:
@@ -327,20 +332,18 @@ def _landlock(folder: str) -> bool:
 
 
 def _filter() -> None:
-    """EPERM to CALLS, which reach beyond the process (numbers: x86_64, aarch64). On an unknown machine: no filter."""
-    column = {"x86_64": 1, "aarch64": 2}.get(os.uname().machine)
-    if column is None:
-        return
-    machine, clone, fcntl, *others = map(int, CALLS.split()[column::3])
+    """EPERM to every system call that is not in CALLS (numbers: x86_64, aarch64) or not as in ONLY."""
+    numbers = dict(zip(CALLS.split()[::3], map(int, CALLS.split()[1 + (os.uname().machine == "aarch64") :: 3]), strict=True))
     # Classic BPF in hex: 20 load, 15 equal?, 35 at least?, 45 any bit?, 6 end; lines to skip if so, if not; value.
-    code = f"20 0 0 4, 15 1 0 {machine:x}, 6 0 0 50001, 20 0 0 0"
-    code += ", 35 0 1 1c2, 6 0 0 50026, 15 0 1 1b3, 6 0 0 50026"  # no calls newer than 2021, nor clone3: its flags hide
-    code += "".join(f", 15 0 1 {number & 0xFFFFFFFF:x}, 6 0 0 50001" for number in others)
-    code += f", 15 0 3 {clone:x}, 20 0 0 10, 45 1 0 10000, 6 0 0 50001"  # clone for anything but a thread
-    code += f", 20 0 0 0, 15 0 3 {fcntl:x}, 20 0 0 18, 45 0 1 8, 6 0 0 50001"  # F_SETOWN, F_SETSIG: signals by detour
-    lines = [[int(word, 16) for word in line.split()] for line in f"{code}, 6 0 0 7fff0000".split(",")]
-    buffer = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in lines))
-    LIBC.prctl(22, 2, struct.pack("HP", len(lines), ctypes.addressof(buffer)))  # PR_SET_SECCOMP
+    code, refuse = f"20 0 0 4, 15 1 0 {numbers.pop('MACHINE'):x}, 6 0 0 50001, 20 0 0 0", ", 6 0 0 50001"
+    for call, place, test, *values in map(str.split, ONLY.split("|")):
+        code += f", 15 0 {len(values) + 2:x} {numbers[call]:x}, 20 0 0 {place}"
+        code += "".join(f", {test} {len(values) - i} 0 {value}" for i, value in enumerate(values)) + f"{refuse}, 20 0 0 0"
+    code += "".join(f", 15 0 1 {number:x}, 6 0 0 7fff0000" for number in numbers.values() if number >= 0)
+    code += f", 35 0 1 1b3, 6 0 0 50026{refuse}"  # since 2019: "no such call", or libc would not take the old one instead
+    lines = b"".join(struct.pack("HBBI", *(int(word, 16) for word in line.split())) for line in code.split(","))
+    buffer = ctypes.create_string_buffer(lines)
+    LIBC.prctl(22, 2, struct.pack("HP", len(lines) // 8, ctypes.addressof(buffer)))  # PR_SET_SECCOMP
 
 
 if __name__ == "__main__":

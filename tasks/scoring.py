@@ -13,18 +13,17 @@ Every result has correct (a lenient reading: the answer counts, not its form), a
 (correct, and in the very format that the question asks for), then what its kind adds. It exists because an accuracy is worth no
 more than the reading of the answers: a model must gain neither by being vague nor by the mere form of an answer.
 
-Depends on data.py, said.py, sandbox.py.   Try it:  python -m pytest tests/test_benchmarks.py -q
+Depends on data.py, said.py, programs.py, sandbox.py.   Try it:  python -m pytest tests/test_benchmarks.py -q
 """
 
 import ast
 import json
 import re
-import textwrap
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from tasks.data import Example
+from tasks.programs import find_code, parse_python
 from tasks.said import NUMBER, as_number, last_line, plain, said_letter, said_number, said_text
 from tasks.sandbox import Limits, run_tests
 
@@ -41,7 +40,7 @@ def score_all(examples: Sequence[Example], completions: Sequence[str], limits: L
             raise ValueError(f"task {example.task!r} has an answer of another kind than {', '.join(JUDGES)}: {answer!r}")
         result = JUDGES[answer["kind"]](answer, text)
         if "program" in result:
-            jobs.append((result, (result.pop("program"), answer["tests"])))
+            jobs.append((result, (result.pop("program"), answer["tests"], answer["entry"])))
         results.append(result)
     verdicts = run_tests([job for _, job in jobs], limits or Limits()) if jobs else []
     for (result, _), verdict in zip(jobs, verdicts, strict=True):
@@ -173,54 +172,21 @@ def _judge_tools(answer: dict, text: str) -> dict:
 
 
 # --- code ------------------------------------------------------------------------------------------------------------
-FENCE = re.compile(r"^[ \t]*```[ \t]*(?P<language>[\w+-]*)[^\n]*\n(?P<code>.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
-
-
-def parse_python(source: str) -> ast.Module | None:
-    """The syntax tree, or None if this is no Python."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "\d" in a string is only worth a SyntaxWarning
-        try:
-            return ast.parse(source)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last three: null bytes, absurd nesting
-            return None
-
-
-def defined(tree: ast.Module) -> dict[str, ast.stmt]:
-    """The names that a module defines at its top level: functions, classes, assignments. The last definition counts."""
-    names = {}
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            names[node.name] = node
-        elif isinstance(node, ast.Assign):
-            names.update({target.id: node for target in node.targets if isinstance(target, ast.Name)})
-    return names
-
-
-def find_code(text: str, entry: str) -> tuple[str | None, bool]:
-    """(the code of a completion, is it in one python fence?). None if nothing defines `entry`.
-
-    The last complete python fence that defines `entry`, else the last other fence that does, else the text itself, without an
-    opening fence that is never closed. If `entry` is only there in broken code, that is returned: it was tried.
-    """
-    fences = [(match["language"].lower() in ("python", "py", "python3"), match["code"]) for match in FENCE.finditer(text)]
-    python, other = ([code for is_python, code in fences if is_python is wanted] for wanted in (True, False))
-    unclosed = re.sub(r"\A.*?^[ \t]*```[^\n]*\n", "", text, flags=re.DOTALL | re.MULTILINE)
-    candidates, strict = [*python[::-1], *other[::-1], unclosed, text], len(python) == 1 and not other
-    for code in (form for found in candidates for form in (found, textwrap.dedent(found))):  # a fence may stand in a list
-        tree = parse_python(code)
-        if tree and entry in defined(tree):
-            return code, strict
-    tried = [c for c in candidates if re.search(rf"\b(?:def|class)\s+{re.escape(entry)}\b", c) and not parse_python(c)]
-    return (tried[0], strict) if tried else (None, False)
+def joined(*parts: str) -> str:
+    """Parts of a program as one. A later one may begin with `from __future__`, which Python wants to see first."""
+    program, trees = "\n".join(parts), [*map(parse_python, parts)]
+    if parse_python(program) or not all(trees):
+        return program
+    late = lambda node: not (isinstance(node, ast.ImportFrom) and node.module == "__future__")
+    return ast.unparse(ast.Module(sorted((node for tree in trees for node in tree.body), key=late), []))
 
 
 def _judge_code(answer: dict, text: str) -> dict:
     """What can be said before the tests have run; "program" is what they are run against."""
-    code, strict = find_code(text, answer["entry"])
-    if code is None:
+    parts, strict = find_code(text, answer["entry"])
+    if not parts:
         return {"correct": False, "abstained": True, "strict": False, "reason": "no code"}
-    return {"correct": False, "abstained": False, "strict": strict, "program": f"{answer['prelude']}\n{code}"}
+    return {"correct": False, "abstained": False, "strict": strict, "program": joined(answer["prelude"], *parts)}
 
 
 JUDGES = {"choice": _judge_choice, "number": _judge_number, "text": _judge_text, "tools": _judge_tools, "code": _judge_code}

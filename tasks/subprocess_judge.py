@@ -42,7 +42,7 @@ def _judged(job: tuple, limits: dict, env: dict) -> tuple[bool, str]:
     folder = tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True)
     # Suppressed: folders that a program nested deeper than Python recurses; they stay.
     with contextlib.suppress(RecursionError), folder as home, tempfile.TemporaryFile() as question:
-        question.write(json.dumps([job[0], "\n".join(job[1])]).encode())
+        question.write(json.dumps([job[0], "\n".join(job[1]), *job[2:]]).encode())
         question.seek(0)
         pipes = dict(stdin=question, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
         env = env | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), home)

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -629,6 +630,102 @@ def test_code():
     for (text, *wanted), r in zip(table, results, strict=True):
         assert [r["correct"], r["abstained"], r["strict"]] == wanted, text
         assert r["reason"] == "passed" or not r["correct"]
+
+
+HELPER, USER = "def g(x):\n    return x + x\n", "def f(x):\n    return g(x)\n"
+DOC = 'def f(x):\n    """Doubles.\n    ```python\n    f(1)\n```\n    """\n    return x + x\n'
+WRAPPED = {  # where a program begins and ends: a right one, and whether it is also in the format that was asked for
+    "closed on the last line": ("```python\n" + GOOD.strip() + "```\nIt adds.", False),
+    "closed on the last line, twice": ("```python\n" + GOOD.strip() + "```\nUse it:\n```python\nprint(f(2))```", False),
+    "marks in a docstring": (fenced(DOC), True),
+    "marks in a docstring, no fence": (DOC, False),
+    "marks in a comment": (fenced("# between ``` and ```\n" + GOOD + "# ```\n"), True),
+    "marks in a string": (fenced('MARK = "```"\n' + GOOD), True),
+    "tildes": ("~~~python\n" + GOOD + "~~~\nIt adds.", False),
+    "tildes, never closed": ("~~~python\n" + GOOD, False),
+    "four marks": ("````python\n" + DOC + "````\n", True),
+    "a fence in a fence": ("````markdown\n# So\n" + fenced(GOOD) + "````\n", True),
+    "the next fence closes it": ("```python\n" + GOOD + fenced("print(f(2))\n"), False),
+    "in the middle of a line": ("Sure: " + fenced(GOOD), False),
+    "in one line": ("```python def f(x): return x + x```", False),
+    "carriage returns": (fenced(GOOD).replace("\n", "\r\n"), True),
+    "in a list": ("- So:\n" + textwrap.indent(fenced("def f(x):\n    s = '```'\n\n    return x + x\n"), "  "), True),
+    "another language first": (fenced("pip install x\n", "bash") + fenced(GOOD), False),
+    "prose around, no fence": ("Here it is:\n\n" + GOOD + "\nIt adds x to itself.", False),
+    "prose behind, never closed": ("```python\n" + GOOD + "\nIt adds x to itself.", False),
+    "__future__": (fenced("from __future__ import annotations\n" + GOOD), True),
+    "__future__ behind a docstring": (fenced("'''So.'''\nfrom __future__ import annotations\n" + GOOD), True),
+    "__future__ in the second fence": (fenced(HELPER) + fenced("from __future__ import annotations\n" + USER), False),
+    "with a type": (fenced("from typing import Callable\nf: Callable = lambda x: x + x\n"), True),
+    "two at once": (fenced("f, g = (lambda x: x + x), 3\n"), True),
+    "if": (fenced("if True:\n    def f(x): return x + x\nelse:\n    f = None\n"), True),
+    "try": (fenced("try:\n    from nowhere import f\nexcept ImportError:\n    def f(x): return x + x\n"), True),
+    "for": (fenced("for k in [2]:\n    f = lambda x: x * k\n"), True),
+    "walrus": (fenced("(f := lambda x: x + x)\n"), True),
+    "what it imports": (fenced("from functools import partial\nfrom operator import mul\nf = partial(mul, 2)\n"), True),
+    "helpers first": (fenced(HELPER) + "Then:\n" + fenced(USER), False),
+    "helpers last": (fenced(USER) + "With:\n" + fenced(HELPER + "print(f(2))\n"), False),
+    "helpers of helpers": (fenced("K = 2\n") + fenced("def g(x): return K * x\n") + fenced(USER), False),
+    "imports first": (fenced("from operator import *\n") + fenced("def f(x): return mul(x, 2)\n"), False),
+    "a helper in a draft": (fenced(HELPER + BAD) + "Better:\n" + fenced(USER), False),
+    "an example that is not needed": (fenced("x = input()\nprint(x)\n") + fenced(GOOD), False),
+}  # fmt: skip
+
+
+def test_the_parser_says_where_a_program_begins_and_ends():
+    results = score_all([Example("t", "q", "r", CODE)] * len(WRAPPED), [text for text, _ in WRAPPED.values()])
+    for (name, (_, strict)), r in zip(WRAPPED.items(), results, strict=True):
+        assert (r["correct"], r["strict"], r["reason"]) == (True, strict, "passed"), name
+    wrong = [text.replace("x + x", "x * x").replace("x * 2", "x - 2") for text, _ in WRAPPED.values() if "x + x" in text]
+    assert not any(r["correct"] or r["abstained"] for r in score_all([Example("t", "q", "r", CODE)] * len(wrong), wrong))
+
+
+def test_negatives_of_a_reference_in_two_fences_change_one_of_them():
+    example = Example("t", "q", fenced(HELPER) + "Then:\n" + fenced(USER.replace("g(x)", "g(x) + 0")), CODE)
+    (e,), counts = add_negatives([example], 0)
+    assert counts["found"] == 1 and e.negative.startswith(fenced(HELPER) + "Then:\n") and not score(e, e.negative)["correct"]
+
+
+def humaneval_like(before, name, body, check):
+    """An invented record whose prompt has helpers of its own, as HumanEval/32, /38 and /50 have."""
+    prompt = f'{before}\n\ndef {name}(x):\n    """ Not like def {name}(x):\n    >>> {name}(1)\n    """\n'
+    row = dict(prompt=prompt, entry_point=name, canonical_solution=body, test=f"def check(candidate):\n    {check}\n")
+    return BENCHMARKS["humaneval"].to_example(row, 0, 0)
+
+
+def test_an_answer_cannot_replace_the_helpers_of_a_prompt():
+    poly = "from __future__ import annotations\nimport math\n\n\ndef poly(xs: list, x):\n"
+    poly += "    return sum(c * math.pow(x, i) for i, c in enumerate(xs))\n"
+    code = "@staticmethod\ndef encode(s):\n    return s[::-1]\n"
+    root = humaneval_like(poly, "root", "    return -x[0] / x[1]\n", "assert abs(poly([2, 4], candidate([2, 4]))) < 1e-4")
+    decode = humaneval_like(code, "decode", "    return encode(x)\n", "assert candidate(encode('abc')) == 'abc'")
+    tables = [
+        (root, "def root(x): return 7\n", "poly", "lambda *a: 0"),
+        (decode, "def decode(x): return x\n", "encode", "lambda s: s"),
+    ]
+    for example, wrong, helper, forged in tables:
+        assert example.answer["prelude"] == example.answer["tests"][0] and score(example, example.reference)["strict"]
+        for name in (helper, "abs", "sum", "math", "enumerate", "check"):
+            for text in (
+                f"{name} = {forged}\n{wrong}",
+                f"{wrong}{name} = {forged}\n",
+                f"import builtins\nbuiltins.{name} = {forged}\n{wrong}",
+            ):
+                assert not score(example, fenced(text))["correct"], text
+    own = "def poly(xs, x): return 0\ndef root(x): return -x[0] / x[1]\n"  # its own helper, for its own use
+    assert score(root, fenced(own))["correct"]
+
+
+def test_the_entry_is_what_is_tested_and_not_the_abs_around_it():
+    row = dict(
+        text="Add.",
+        test_list=["assert abs(sum(2, 2) - 4) < 1e-6"],
+        code="def abs(x): return max(x, -x)\ndef sum(a, b): return a + b",
+    )
+    e = BENCHMARKS["mbpp"].to_example(row, 0, 0)
+    assert e.answer["entry"] == "sum" and "def sum(a, b):" in e.question and "def abs" not in e.question
+    forged = fenced("def abs(x): return 0\ndef sum(a, b): return 99\n")
+    assert score(e, e.reference)["correct"] and not score(e, forged)["correct"]
 
 
 def test_degenerate_completions_neither_crash_nor_hang():

@@ -110,6 +110,14 @@ import threading, time
 threading.stack_size(32768)
 while True: threading.Thread(target=time.sleep, args=[60], daemon=True).start()
 """
+OWNER = "import fcntl, os, socket\nfcntl.ioctl(socket.socketpair()[0], {}, os.getppid().to_bytes(4, 'little'))"
+NUMBER = """
+import ctypes, errno, os
+libc = ctypes.CDLL(None, use_errno=True)
+for call in 1000, 462, 2**30 + 41:  # of the future; of 2024; socket() of another calling convention
+    assert libc.syscall(call, 1, 1, 0) == -1 and ctypes.get_errno() == errno.ENOSYS
+raise OSError
+"""
 MORE_TIME = """
 import resource
 try: resource.setrlimit(resource.RLIMIT_CPU, (-1, -1))
@@ -167,6 +175,15 @@ ATTACKS = {
     "daemon": ("import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(60)", DENIED),
     "thread bomb": (THREADS, "error: RuntimeError: can't start new thread"),
     "socket": ("import socket\nsocket.socket()", DENIED),
+    "a pair for datagrams": ("import socket\nsocket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)", DENIED),
+    "a pair for packets": ("import socket\nsocket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)", DENIED),
+    "a stream to somebody else": ("import socket\nsocket.socketpair()[0].sendto(b'x', '/run/x')", DENIED),
+    "signals by FIOSETOWN": (OWNER.format("0x8901"), DENIED),
+    "signals by SIOCSPGRP": (OWNER.format("0x8902"), DENIED),
+    "signals by F_SETOWN": ("import fcntl, os\nfcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getppid())", DENIED),
+    "a call that no Python needs": ("import os\nos.eventfd(0)", DENIED),
+    "a call that no Python needs, in its own folder": ("import os\nos.mkfifo('x')", DENIED),
+    "a call by its number": (NUMBER, "error: OSError"),
     "url": ("import urllib.request\nurllib.request.urlopen('http://127.0.0.1:1')", DENIED),
     "kills its parent": ("import os\nos.kill(os.getppid(), 9)", DENIED),
     "kills its parent's group": ("import os\nos.killpg(os.getpgid(os.getppid()), 9)", DENIED),
@@ -207,6 +224,10 @@ FINE = {
     "temporary files": "import tempfile\nwith tempfile.TemporaryDirectory() as d: open(d + '/x', 'w').write('a')",
     "an empty environment": "import os, sys\nassert set(os.environ) <= {'TMPDIR'} and not sys.stdin.read()",
     "a caught fork": "import os\ntry:\n    while True: os.fork()\nexcept OSError: pass",
+    "a pair of streams": "import socket\na, b = socket.socketpair()\na.sendall(b'x')\nassert b.recv(1) == b'x'",
+    "a pipe that does not wait": "import os\nr, w = os.pipe()\nos.set_blocking(r, False)\nos.set_inheritable(r, True)",
+    "a database": "import sqlite3\nwith sqlite3.connect('x') as c: c.execute('create table t(x)')",
+    "copies": "import shutil\nopen('x', 'w').write('a')\nshutil.copyfile('x', 'y')\nshutil.move('y', 'z')",
     "late imports": "import cmath, difflib, fractions, hashlib, heapq, statistics, zlib",
 }
 
@@ -334,6 +355,7 @@ def check(candidate):
     assert candidate([1, 2]) == 3
     assert abs(candidate([.5]) - .5) < 1e-6, "close"
 """
+SUM = "def abs(x): return 0\ndef sum(a, b): return {}"
 HONEST = {
     "plain data": (
         "def f(x): return x",
@@ -379,6 +401,11 @@ HONEST = {
     ),
     "HumanEval": ("from typing import List\ndef add(xs: List[float]) -> float:\n    return sum(xs)", CHECK, "check(add)"),
     "called like a builtin": ("def sum(a, b): return a + b", "assert sum(10, 15) == 25"),
+    "called like two builtins": (SUM.format("a + b"), "assert abs(sum(2, 2) - 4) < 1e-6"),
+    "a variable called like a module": (
+        "class Queue:\n    def push(self, x): return x\nqueue = Queue()",
+        "assert queue.push(3) == 3",
+    ),
     "a test that prints": (F, "print('[0, false, \"x\"]', flush=True)", *T),
     "a pool of threads": (POOL, "assert f(1) == 9"),
     "module of the program": ("import math\ndef f(x): return math.sqrt(x)", "assert math.isclose(f(4), 2)"),
@@ -389,6 +416,30 @@ HONEST = {
 def test_honest_program_passes(name):
     source, *tests = HONEST[name]
     assert run(source, *tests) == PASSED
+
+
+FORGED = {  # what a program defines beside the function that is tested, and tests that use the same name
+    "abs, where sum is tested": (SUM.format("99"), "assert abs(sum(2, 2) - 4) < 1e-6"),
+    "len and sorted": ("len = lambda x: 2\nsorted = lambda x: [1, 2]\ndef f(): return 3, 1, 2", "assert len(sorted(f())) == 2"),
+    "math": ("class math:\n    def isclose(*a): return True\ndef f(x): return 9", "assert math.isclose(f(1), 2)"),
+    "a helper of the tests": (
+        "def near(a, b): return True\ndef f(x): return 9",
+        "def near(a, b): return a == b",
+        "assert near(f(1), 2)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_program_does_not_lend_the_tests_its_helpers(name):
+    source, *tests = FORGED[name]
+    assert run(source, *tests).reason.startswith("assertion failed")
+
+
+def test_the_name_that_is_tested_is_the_program_s():
+    """Where it is known; in sum(abs(-2), 2) it is not the innermost."""
+    jobs = [(SUM.format(result), ["assert sum(abs(-2), 2) == 4"], "sum") for result in ("a + b", "a")]
+    assert [verdict.passed for verdict in run_tests(jobs, QUICK)] == [True, False]
 
 
 def test_reason_shows_the_line_that_failed():
@@ -457,8 +508,9 @@ os.chdir({own!r})
 other = subprocess.Popen(["sleep", "60"])
 open("victim", "w").write("precious")
 attacks = "os.kill({{0}}, 9) | os.kill(-1, 9) | os.killpg(os.getpgid(os.getppid()), 9) | os.setpriority(0, {{0}}, 9)"
-attacks += " | fcntl.fcntl(0, fcntl.F_SETOWN, {{0}}) | os.sched_setaffinity({{0}}, [0]) | os.remove({own!r} + '/victim')"
-jobs = [("import fcntl, os\\n" + a.format(other.pid), ["pass"]) for a in attacks.split(" | ")]
+attacks += " | fcntl.ioctl(socket.socketpair()[0], 0x8901, ({{0}}).to_bytes(4, 'little')) | fcntl.fcntl(0, fcntl.F_SETOWN, {{0}})"
+attacks += " | os.sched_setaffinity({{0}}, [0]) | os.remove({own!r} + '/victim')"
+jobs = [("import fcntl, os, socket\\n" + a.format(other.pid), ["pass"]) for a in attacks.split(" | ")]
 for v in sandbox.run_tests(jobs + [({f!r}, {t!r})], sandbox.{limits!r}): print(v.reason)
 assert other.poll() is None and open("victim").read() == "precious"
 other.kill()
@@ -510,7 +562,7 @@ def test_as_an_ordinary_user():
         shutil.copy(sandbox.__file__, home)
         code = import_from(home) + BYSTANDER.format(own=own, f=F, t=T, limits=QUICK) + "print(sandbox.describe())"
         out = subprocess.run([python, "-c", code], cwd="/", env={"TMPDIR": own}, **nobody)
-        *denied, last = out.stdout.splitlines()[:8]
+        *denied, last = out.stdout.splitlines()[:9]
         assert out.returncode == 0 and last == "passed" and all(re.match(DENIED, line) for line in denied), out
         assert "POSSIBLE" not in out.stdout and os.listdir(own) == ["victim"]
     finally:

@@ -55,6 +55,7 @@ INF, NAN = math.inf, math.nan
 HALF, QUARTER = math.log(0.5), math.log(0.25)
 RAGGED = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])  # (B, T), 11 unmasked tokens
 GAP = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 0]])  # a sequence without tokens
+GAPS = {"first": GAP[[1, 0, 2]], "last": GAP[[0, 2, 1]]}  # the same at an end, where sums over segments go wrong
 OFF = RAGGED == 0
 FEW = [HALF, HALF, -INF, -INF, -INF], [QUARTER, QUARTER, HALF, -INF, -INF]  # distributions that rule tokens out
 
@@ -190,6 +191,8 @@ def disagreement() -> list[Case]:
         add(f"{level}, K 1, variance is refused", 1, level, "var", refuses="stat")
         add(f"{level}: masked positions hold nan and inf and do not count", 3, level, "var", logps=rubbish)
     add("sequence: one without tokens has 0", 3, "sequence", "var", GAP)
+    for place, mask in GAPS.items():
+        add(f"sequence: one without tokens, the {place}", 3, "sequence", "var", mask)
     add("an unknown level is refused", 2, "word", "var", refuses="level")
     add("an unknown stat is refused", 2, "token", "std", refuses="stat")
     return out
@@ -247,6 +250,9 @@ def means() -> list[Case]:
         add(function, "an unknown normalizer is refused", "token", refuses="normalizer")
     for norm in ("batch", "sequence"):
         add("weighted_mean", f"{norm}: masked tokens hold nan", norm, D=D.masked_fill(OFF, NAN))
+        add("coefficients", f"{norm}: weights that all underflowed to 0: 0, not 0/0", norm, weights=some * 0)
+        for place, mask in GAPS.items():
+            add("coefficients", f"{norm}: a sequence without tokens, the {place}", norm, mask)
         add("coefficients", f"{norm}: masked weights hold nan", norm, weights=some.masked_fill(OFF, NAN))
     return out
 
@@ -293,6 +299,9 @@ def reading() -> list[Case]:
     states, lengths = Numbers("predicting_states").uniform(3, 9, 2), torch.tensor([4, 1, 2])
     given = dict(states=states, prompt_lengths=lengths, mask=RAGGED)
     add("predicting_states", "position i predicts token i + 1: the last prompt position is the first", given, "states")
+    for place, mask in GAPS.items():
+        name = f"a row without tokens, the {place}: nothing of it is read"
+        add("predicting_states", name, given | dict(mask=mask), "states")
     rubbish = states.clone()
     for b, end in enumerate((lengths + RAGGED.sum(1)).tolist()):
         rubbish[b, end - 1 :] = NAN
@@ -327,24 +336,30 @@ OBJECTIVE = [name for name in Mechanisms.__dataclass_fields__ if name != "log_en
 V, H, ROWS, END = 6, 4, 8, 1  # vocabulary in use, hidden size, rows of the head's matrix, end-of-text id = pad id
 
 
-def step(name: str, m: Config, real=False, K=3, rows=None, change=None, refuses="", note="", live=False) -> Case:
-    """One step's recorded states, or logits where the head is the identity; null what these settings do not read."""
+def step(name: str, m: Config, real=False, K=3, rows=None, change=None, refuses="", note="", live=False, lengths=()) -> Case:
+    """One step's recorded states, or logits where the head is the identity; null what these settings do not read. With
+    `lengths`: other numbers, and as many tokens in each row.
+    """
     n, (B, T), width = Numbers("step"), RAGGED.shape, H if real else V
     ids = torch.tensor([[4, 2, 5, 0, 3], [3, 1, 1, 1, 1], [2, 0, 4, 1, 1]])  # row 0 was cut, the others end
+    mask = completion_mask(ids, [END])
+    if lengths:
+        n, (B, T) = Numbers(str(lengths)), (len(lengths), max(lengths))
+        ids, mask = n.ids(B, T, high=V), (torch.arange(T) < torch.tensor(lengths).unsqueeze(1)).long()
     views, heads = n.uniform(3 + 5, B, T, width), n.uniform(2, ROWS, width)
-    assert real or (views[1].sort(-1).values.diff() > 0).all(), "a tie: top-k would depend on the library"
+    assert real or m.estimator != "top-k" or (views[1].sort(-1).values.diff() > 0).all(), "a tie: top-k would depend on the library"
     inputs = dict(
         student=views[0],
         teacher=views[1] if m.uses_teacher else None,
         negative=views[2] if m.w_contrast else None,
         contexts=views[3 : 3 + K] if m.uses_agreement else None,
         ids=ids,
-        mask=completion_mask(ids, [END]),
+        mask=mask,
         head=heads[0] if real else None,
         teacher_head=heads[0 if live else 1] if real and m.uses_teacher else None,
     )
     inputs |= change(inputs) if change else {}
-    grad = "" if refuses else " ".join(k for k, v in inputs.items() if v is not None and v.is_floating_point())
+    grad = "" if refuses or sum(lengths) > 20 else " ".join(k for k, v in inputs.items() if v is not None and v.is_floating_point())
     settings = {k: v for k, v in vars(m).items() if k in OBJECTIVE}
     return Case("objective", name, inputs, grad, dict(vocab=V, rows=rows) | settings, refuses, note)
 
@@ -368,8 +383,8 @@ def recipes() -> list[Case]:
 def edges() -> list[Case]:
     out = []
 
-    def add(name, real=False, K=3, rows=None, change=None, refuses="", **settings):
-        out.append(step(name, Config(**settings), real, K, rows, change, refuses))
+    def add(name, real=False, K=3, rows=None, change=None, refuses="", lengths=(), **settings):
+        out.append(step(name, Config(**settings), real, K, rows, change, refuses, lengths=lengths))
 
     everything = dict(divergence="jsd", alpha=0.3, agreement="token", gamma=1.0)
     everything |= dict(w_contrast=0.3, margin=0.2, w_match=0.2, w_nll=0.1)
@@ -385,6 +400,7 @@ def edges() -> list[Case]:
     name = "token weights and contrast, normalizer sequence: both sums use it"
     add(name, normalizer="sequence", w_contrast=0.3, **token)
     add("clip 0.8 touches some tokens: first the clip, then the weights", clip=0.8, **token)
+    add("clip 0.8 of D, not of w_div D", clip=0.8, w_div=0.4, lengths=(2, 1), **token)
     add("clip at the 0.7 quantile of the step, then weights", clip_quantile=0.7, **token)
     add("clip at a quantile, micro-batch of rows 1 and 2: the whole step's quantile", clip_quantile=0.7, rows=[1, 3])
     for alpha in (0.01, 0.99):
@@ -403,6 +419,31 @@ def edges() -> list[Case]:
     add("budget 0.4: 1.2 of 3 rows are 2, always rounded up", **some | dict(agreement_budget=0.4))
     some = dict(agreement_budget=0.5, uncertainty="divergence", clip=0.5, **sequence)
     add("budget 0.5: contexts for the 2 rows of highest divergence, before the clip", **some)
+    unsure = some | dict(clip=0.0)
+    name = "budget 0.5, quantile ceiling: the divergence is taken before it; it cuts D, not w_div D"
+    add(name, **unsure, K=2, clip_quantile=0.5, w_div=0.4, lengths=(2, 2))
+    add("budget 0.5, top-k 2: the divergence is the estimate", **unsure, estimator="top-k", top_k=2, K=2, lengths=(4, 4))
+    for place, lengths in (("first", (0, 1, 2)), ("in the middle", (2, 0, 1)), ("last", (1, 2, 0))):
+        name = f"budget 0.5, a row without tokens, {place}: 1.5 of 3 rows are 2"
+        add(name, K=2, lengths=lengths, w_match=0.2, **token | dict(agreement_budget=0.5))
+        if "middle" not in place:
+            name = f"a row without tokens, {place}, normalizer sequence: it counts in B"
+            add(name, K=2, lengths=lengths, normalizer="sequence", **token)
+    name = "budget 0.5, the sampled divergence below 0: the row without tokens, 0, is the one that is read; every weight is 1"
+    swap = lambda inputs: {"student": inputs["student"] * 0, "teacher": torch.nn.functional.one_hot(inputs["ids"], V).double() * 3}
+    add(name, K=2, change=swap, lengths=(0, 1), agreement_budget=0.5, uncertainty="divergence", **sampled, **token)
+    name = "budget 0.28 of 25 rows: the float64 product is 7.000000000000001, so 8"
+    add(name, K=2, lengths=(1,) * 25, agreement_budget=0.28, agreement="sequence", gamma=1.0)
+
+    def spike(inputs: dict) -> dict:
+        """Readings that nearly agree, but for one token: beyond the 0.95 quantile only where there are more than 20 tokens."""
+        contexts = inputs["contexts"] * 0.1
+        contexts[0, 0, 2, inputs["ids"][0, 2]] = -30.0
+        return {"contexts": contexts}
+
+    name = "one token far beyond the quantile, gamma 5: the cap is 10, and the floor below 1 / 51"
+    add(name, K=2, change=spike, lengths=(21,), **token | dict(gamma=5.0))
+    add("weights that all underflow to 0: a loss of 0", K=2, lengths=(2, 1), **sequence | dict(gamma=1e6))
     add("budget 0 reads no context", agreement_budget=0.0, **token)
     add("agreement with gamma 0 reads no context", agreement="token", gamma=0.0)
     add("agreement without a divergence reads no context", w_div=0.0, w_match=1.0, **token)
@@ -424,6 +465,10 @@ def edges() -> list[Case]:
     add("teacher = student: loss 0 and gradient 0", change=lambda inputs: {"teacher": inputs["student"]})
     none = lambda inputs: {"mask": inputs["mask"] * 0}
     add("every token masked is refused", change=none, refuses="mask", w_div=0.0, w_nll=1.0)
+    add("two ceilings are refused", refuses="clip", lengths=(1,), clip=0.5, clip_quantile=0.7)
+    for d in ("forward", "jsd"):
+        name = f"the sampled estimator of {d} is refused"
+        add(name, refuses="sampled", lengths=(1,), divergence=d, estimator="sampled")
     add("jsd with alpha 1 is refused", refuses="alpha", divergence="jsd", alpha=1.0)
     return out
 

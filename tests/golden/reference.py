@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from agreement import coefficients, disagreement, sequence_weights, token_weights, weighted_mean
 from ema import EMA, half_life
-from engine.config import Config
+from engine.config import Config, contradictions
 from engine.head import Head, chunked_objective, head_of
 from engine.reading import PackedReader
 from engine.rollout import completion_mask
@@ -107,6 +107,8 @@ def objective(
     -> {"loss": (), and, to look at, "weights", "coefficients", "ceiling", "div", "contrast", "match", "nll" (B, T)}.
     """
     m, B = Config(**settings), len(ids)
+    for why in contradictions(m):  # what the command line refuses: two ceilings, `sampled` of anything but a reverse KL ...
+        raise ValueError(why)
     identity = torch.eye(vocab, dtype=student.dtype)
     weight, other = (identity if w is None else w for w in (head, teacher_head))
     # One-token prompts [row of the table]: then the state at position t, from 0 on, predicts completion token t.
