@@ -184,8 +184,7 @@ def write(reports: list[dict], text: str, out: Path) -> None:
 
 def check_out(args) -> None:
     """Raises ValueError if --out cannot be written, or holds a file of somebody else that a report would replace."""
-    checkpoint.check_models(Path(args.out), args.model, args.base)
-    out, earlier = checkpoint.writable(args.out), Path(args.out) / "eval.json"
+    out, earlier = checkpoint.writable(args.out, models=(args.model, args.base)), Path(args.out) / "eval.json"
     theirs = [name for name in ("eval.json", "eval.md", "eval.png", "answers.jsonl") if (out / name).exists()]
     ours = earlier.is_file() and earlier.read_text(encoding="utf-8", errors="replace").startswith('[\n {\n  "task"')
     if theirs and not ours:

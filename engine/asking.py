@@ -12,7 +12,6 @@ import os
 from dataclasses import fields
 from datetime import date
 
-from engine.checkpoint import writable
 from engine.config import PRESETS, Config, add_flag, make, saved_settings
 from engine.loading import Loaded, choose_device, load, load_base
 from engine.pretrained import SHORT, speaks_world
@@ -67,8 +66,6 @@ def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace,
             raise ValueError(f"--temperature {args.temperature} must be 0 (greedy) or more")
         if "contexts" in args and args.contexts and not args.data:
             raise ValueError(f"--contexts {args.contexts} needs solved examples of other questions: add --data file.jsonl")
-        if args.html:
-            writable(args.html, "--html", file=True)
         # Only what was given by hand is in the namespace: the rest is what the preset and plain self-distillation say.
         given = dict(contexts=3 if args.data else 0, agreement="token", w_contrast=0.1)
         given |= {name: value for name, value in vars(args).items() if name in SETTINGS}

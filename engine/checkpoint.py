@@ -37,25 +37,22 @@ FREE += ["grad_checkpointing"]
 HELD: dict[Path, int] = {}  # folder -> the descriptor of its lock file, open as long as the process lives
 
 
-def writable(path: str | Path, flag: str = "--out", file: bool = False) -> Path:
-    """A folder to write into, made if it is missing, or a file; tried at once, and what is there stays as it is.
+def writable(path: str | Path, flag: str = "--out", models: tuple = ()) -> Path:
+    """A folder to write into, made if it is missing and tried at once; better now than when hours of work want to be kept.
 
-    Raises ValueError if nothing can be written there: better now than when hours of work want to be kept.
+    Raises ValueError if nothing can be written there, or if it is the folder of one of the `models` that are read: even an empty
+    one of that name would hide the hub's.
     """
     path = Path(path).expanduser()
     try:
-        if file:
-            new = not path.exists()
-            path.open("a").close()
-            if new:
-                path.unlink()
-        else:
-            path.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=path).close()
+        if any(model and Path(SHORT.get(model, model)).resolve() == path.resolve() for model in models):
+            raise OSError(0, "is the folder of a model that is read")
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
     except (OSError, ValueError, RuntimeError) as error:  # the last two: a zero byte in a name, `~` without a home
-        why = "is a file" if os.path.isfile(path) and not file else getattr(error, "strerror", None) or error
+        why = "is a file" if os.path.isfile(path) else getattr(error, "strerror", None) or error
         why = "is a link to nothing" if os.path.islink(path) and not os.path.exists(path) else why
-        raise ValueError(f"{flag} {path}: {why}; choose a {'file' if file else 'folder'} that can be written") from error
+        raise ValueError(f"{flag} {path}: {why}; choose a folder that can be written") from error
     return path
 
 
@@ -87,8 +84,7 @@ def claim(cfg: Config) -> Path:
     for name, value in asdict(cfg).items():
         if name not in FREE and name in saved and value not in (saved[name], "auto", ""):  # else the log would be of two runs
             raise ValueError(f"{flag(name)} is {value!r} here and {saved[name]!r} in {out}: leave it out, or choose another --out")
-    check_models(out, cfg.model)
-    theirs = sorted(p.name for p in writable(out).iterdir() if not p.name.startswith("."))
+    theirs = sorted(p.name for p in writable(out, models=(cfg.model,)).iterdir() if not p.name.startswith("."))
     # A lock without settings is an attempt of ours that ended before its run began.
     if theirs and not saved and not (out / ".lock").exists():
         raise ValueError(f"--out {out} is not empty ({', '.join(theirs[:3])}{', ...' * (len(theirs) > 3)}): choose an empty folder")
@@ -105,12 +101,6 @@ def claim(cfg: Config) -> Path:
     for leftover in out.glob(".writing-*"):  # a save that was killed half way
         shutil.rmtree(leftover, ignore_errors=True)
     return out
-
-
-def check_models(out: Path, *models: str) -> None:
-    """Raises ValueError if --out is a model's own folder; an empty one of its name would also hide the hub's model."""
-    if any(model and Path(SHORT.get(model, model)).resolve() == out.resolve() for model in models):
-        raise ValueError(f"--out {out} is the folder of a model that is read: choose another one")
 
 
 def check_data(out: Path, manifest: dict) -> None:
@@ -241,10 +231,8 @@ def read_back(folder: Path, kind: type) -> tuple[dict, dict]:
     try:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         return state, state["factors"] or kind.from_pretrained(folder, dtype=torch.float32).state_dict()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # zip, pickle and safetensors: each has its own
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        why = (str(error) or type(error).__name__).splitlines()[0]
         fix = "put back a whole copy, or delete that folder, and --resume begins again at step 0"
         raise ValueError(f"--resume: {folder} is damaged ({why}): {fix}") from error
 

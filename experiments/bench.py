@@ -301,9 +301,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.json:
-            args.json = Path(args.json)
-            writable(args.json.parent, "--json")
-            args.json = writable(args.json, "--json", file=True)
+            args.json = writable(Path(args.json).parent, "--json") / Path(args.json).name
         device, _, reason = choose_device(args.device, "auto")
     except ValueError as error:
         parser.exit(2, f"bench.py: {error}\n")

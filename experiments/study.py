@@ -29,7 +29,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from engine import any_console
-from engine.checkpoint import writable
+from engine.checkpoint import complain, writable
 from engine.config import RECIPES
 
 ROOT = Path(__file__).parents[1]
@@ -240,13 +240,12 @@ def main(argv: list[str] | None = None) -> int:
         out = writable(args.out or plan["page"]["out"]).resolve()
         if (out / "table.md").exists() and not (out / "cells.json").exists():
             raise ValueError(f"--out {out} holds a table.md, which is of no study: choose another folder")
-    except ValueError as error:
-        parser.exit(2, f"study.py: {error}\n")
-    try:
         failed = run_all(cells, out, max(1, args.jobs), args.train)
     except KeyboardInterrupt:
         print("stopped; the same command goes on")
         return 130
+    except ValueError as error:
+        return complain("study.py", error, "")
     found = read(out)
     print(f"\n{write(found, out)}\n{len(cells)} runs, {time.perf_counter() - begun:.0f} s -> {out / 'table.md'}", flush=True)
     if found and args.world == "tiny":

@@ -132,7 +132,8 @@ def stop_clock(tokenizer) -> None:
     what it is told: a run that is resumed on another day, or measures after midnight, still asks the same.
     """
     if "strftime_now" in str(getattr(tokenizer, "chat_template", "")):
-        from transformers.utils.chat_template_utils import _compile_jinja_template as compiled  # which keeps one for each text
+        # It keeps one for each text. (5.24 hands a template plain data only: the function cannot be passed along.)
+        from transformers.utils.chat_template_utils import _compile_jinja_template as compiled
 
         today = getattr(tokenizer, "today", "") or datetime.now().isoformat()
         compiled(tokenizer.get_chat_template()).globals["strftime_now"] = datetime.fromisoformat(today).strftime
