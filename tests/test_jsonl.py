@@ -11,7 +11,8 @@ import train
 from engine import metrics
 from engine.config import parse
 from tasks.data import Example
-from tasks.jsonl import in_short, is_file, load_jsonl
+from tasks.jsonl import in_short, is_file, line_example, load_jsonl
+from tasks.scoring import score_all
 
 OPTIONS = ["Paris", "Lyon", "Nice", "Lille"]
 GOOD, BAD = "def f(x):\n    return x + x\n", "def f(x):\n    return x * x\n"
@@ -104,6 +105,17 @@ BAD_LINES = [
     (dict(question="q", reference="Answer: Lima", answer="Oslo"), "the reference ends in 'Answer: Lima', which is not the answer"),
     ("[" * 100000, "not JSON"),
 ]
+
+
+def test_a_reference_in_code_is_read_by_the_parser():
+    """In two fences, of which the first has the helper; bare, with marks in its docstring; behind the fence of another language."""
+    helper, user = "def g(x):\n    return x + x\n", "from __future__ import annotations\ndef f(x):\n    return g(x)\n"
+    marks = 'def f(x):\n    """\n```python\n    f(1)\n```\n    """\n    return x + x'
+    shell = "```bash\npip install x\n```\n"
+    for reference in (f"{fenced(helper)}\nThen:\n{fenced(user)}", marks, shell + fenced(marks + "\n")):
+        e = line_example({"question": "Double it.", "reference": reference, "tests": ["assert f(2) == 4"]})
+        assert e.answer["entry"] == "f" and "def f(x)" in e.question and "g(x)" not in e.question
+        assert score_all([e], [e.reference])[0]["correct"], e.reference
 
 
 def test_bad_lines_are_reported_by_number_and_cost_nothing_else(tmp_path):
