@@ -74,10 +74,11 @@ def _judge_text(answer: dict, text: str) -> dict:
 
 # --- tool calls ------------------------------------------------------------------------------------------------------
 _CALL = re.compile(  # lines may be dressed: "- Action:", "### Action:", "**Action**:", "2. Action Input:"
-    r"(?<![^\W_])Action[ \t]?\d{0,3}[ \t*_]{0,3}:[ \t*`_]{0,9}(?P<action>[^\n]{0,200}?)[ \t*`]{0,9}\s"
-    r"[\s*`_#>-]{0,12}(?:\d[.)]\s\**)?Action[ \t_]?\d{0,3}[ \t]?Input[ \t]?\d{0,3}[ \t*_]{0,3}:[\s*`_]*(?:json\b\s*)?",
+    r"(?<![^\W_])Action[ \t]?\d{0,3}[ \t*_]{0,3}[:：][ \t*`_]{0,9}\n?(?P<action>[^\n]{0,200}?)[ \t*`]{0,9}\s"
+    r"[\s*`_#>•-]{0,12}(?:\d[.)]\s\**)?Action[ \t_]?\d{0,3}[ \t]?Input[ \t]?\d{0,3}[ \t*_]{0,3}[:：][\s*`_~]*(?:json\b\s*)?",
     re.I,
 )
+_JSON = re.compile(r'\{\s{0,99}"|\[\s{0,99}\{\s{0,99}"')
 
 
 def json_object(text: str, start: int = 0) -> tuple[dict | None, int]:
@@ -108,7 +109,7 @@ def json_calls(value: Any) -> list[dict]:
     calls = []
     value = value["tool_calls"] if isinstance(value, dict) and "tool_calls" in value else value
     for call in value if isinstance(value, list) else [value]:
-        call = {name.lower(): part for name, part in call.get("function", call).items()}
+        call = {name.lower().replace(" ", "_"): part for name, part in call.get("function", call).items()}
         name = call["action"] if "action" in call else call["name"]
         arguments = call[next((key for key in ("action_input", "arguments") if key in call), "parameters")]
         arguments = json_object(arguments.strip())[0] if isinstance(arguments, str) else arguments
@@ -117,13 +118,17 @@ def json_calls(value: Any) -> list[dict]:
 
 
 def structured_calls(text: str) -> list[dict]:
-    """The calls of JSON in <tool_call> tags, else in code fences, else alone; [] if there are none, or one cannot be read."""
-    tagged = re.findall(r"<tool_call>(.*?)(?:</tool_call>|\Z)", text, re.DOTALL)
-    blocks = tagged or re.findall(r"```(?:json)?\s*([{\[].*?)(?:```|\Z)", text, re.DOTALL | re.I) or [text]
-    try:
-        return [call for block in blocks for call in json_calls(json.loads(block))]
-    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
-        return []
+    """The calls of JSON in <tool_call> tags, else anywhere in the text; [] if there are none, or one cannot be read."""
+    tagged = "\n".join(re.findall(r"<tool_calls?>(.*?)(?:</tool_calls?>|\Z)", text, re.DOTALL | re.I))
+    text, calls, place = tagged or text, [], 0
+    while match := _JSON.search(text, place):
+        try:
+            value, place = json.JSONDecoder().raw_decode(text, match.start())
+            calls += json_calls(value)
+        except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+            if tagged or isinstance(error, ValueError | RecursionError):  # other JSON in a text is no call
+                return []
+    return calls
 
 
 def same(a: Any, b: Any) -> bool:

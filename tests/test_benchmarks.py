@@ -553,6 +553,14 @@ WITH = json.dumps(GOLD[0]["arguments"])
         f'[{{"action": "send", "action_input": {WITH}}}]',
         f'{{"type": "function", "function": {{"name": "send", "arguments": {json.dumps(WITH)}}}}}',
         f'I send it.\n<tool_call>\n{{"name": "send", "arguments": {WITH}}}\n</tool_call>',
+        f'<tool_call>\n```json\n{{"name": "send", "arguments": {WITH}}}\n```\n</tool_call>',
+        f'<TOOL_CALLS>[{{"name": "send", "arguments": {WITH}}}]</TOOL_CALLS>',
+        f'[TOOL_CALLS] [{{"name": "send", "arguments": {WITH}}}]',
+        f'I send it, see [1]:\n{{"name": "send", "arguments": {WITH}}}\nIt returns {{"ok": true}}.',
+        f'{{"Action": "send", "Action Input": {WITH}}}',
+        f"• Action: send\n• Action Input: {WITH}",
+        f"Action：send\nAction Input：{WITH}",
+        f"### Action:\nsend\n### Action Input:\n~~~json\n{WITH}\n~~~",
     ],
 )
 def test_a_call_in_another_dress(text):
@@ -564,6 +572,8 @@ def test_what_reads_like_a_call_inside_of_an_argument_is_none():
     e = Example("t", "q", "r", {"kind": "tools", "calls": [{"action": "send", "arguments": SENT}], "actions": []})
     assert score(e, call("send", SENT))["correct"]
     assert score(e, json.dumps({"name": "send", "arguments": SENT}))["correct"]
+    one = json.dumps({"name": "send", "arguments": SENT})  # a second call counts, and one that cannot be read makes all void
+    assert [len(scoring.structured_calls(text)) for text in (f"{one}\n{one}", one + one[:-1], "{}", '{"x": 1}')] == [2, 0, 0, 0]
     broken = "Action: a\nAction Input: {'x': 'Action: b Action Input: {}'}\n"
     assert [c["action"] for c in scoring.react_calls(broken + call("c", {}))] == ["a", "c"]
 

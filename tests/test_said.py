@@ -103,6 +103,43 @@ Answer: B⏎Answer: unknown
 Answer: C#
 It is A mammal
 You may pick a card
+--- C
+Answer: (C) Nice, B) Lyon is too small
+Answer: C (Nice). B (Lyon) is too small.
+The answer is C. Nice, not B. Lyon.
+The answer is Nice (C).
+The answer is not B but C.
+The answer is most likely C.
+The answer, then, is C.
+The correct answer choice is C.
+B is wrong and the answer is C
+So B is wrong, and my choice is C.
+Selected option: C
+Ans: C
+Answer → C
+I am going with option C.
+I would say C.
+Option C (Nice) is correct.
+C) Nice is the correct answer.
+C, because it is.
+<answer>\boxed{C}</answer>
+I think.⏎Option C
+I think.⏎#### C
+I think.⏎- C. Nice
+C. Nice⏎⏎It is the only one at the sea, unlike A and B.
+C⏎⏎Explanation: it is.
+B. Lyon⏎⏎Wait, no. The answer is C.
+--- None
+A. Paris⏎It is big.⏎⏎B. Lyon⏎It is not.
+C) Nice is not the correct answer.
+Someone told me the answer is C.
+Answer: C. Nice and D. Lille
+Answer: (C) Nice / (D) Lille
+Answer: C, plus D
+Answer: not only C but also D
+\boxed{C} and \boxed{D}
+$\boxed{C}$, $\boxed{D}$
+$\boxed{C}$ or $\boxed{D}$
 """
 NUMBERS = r"""
 --- None
@@ -138,6 +175,10 @@ not 18
 x = 3 or x = 4
 log 5
 x - 5
+x >= 18
+!= 18
+up to 18
+18 is wrong
 3₂
 -(-3)
 --- 1000
@@ -147,6 +188,9 @@ x - 5
 1,000
 1{,}000
 1,\!000
+1\,000
+1 × 10³
+1·10^3
 one thousand = 1000
 1 thousand
 --- -5
@@ -154,6 +198,8 @@ one thousand = 1000
 −5
 -$5
 - 5
+negative 5
+minus 5 degrees
 $-5$
 −5 €
 --- 18
@@ -170,6 +216,10 @@ x = 18
 \text{18 cm}
 １８
 18, not 20
+not 20, but 18
+18\,\text{cm}
+18\ \mathrm{cm}
+<<20-2=18>>18
 The answer is 18
 The number of apples which remain is 18
 --- 2000000
@@ -218,6 +268,9 @@ def test_a_number_by_the_mark_of_its_question():
         and said_number("maybe 18, maybe 20") is None
         and said_number("12, 18, 20") is None
     )
+    assert said_number("#### 18, where x is 3") == 18 and said_number("20 minus 2") != 2
+    assert said_number("6*3=18. It isn't 20.") == 18 and said_number("The answer might be 18") is None
+    assert said_number("so $a = 2$ and \\boxed{18}") == 18 and said_number("$\\boxed{18}$ or $\\boxed{20}$") is None
 
 
 def test_what_is_one_number():
@@ -253,6 +306,8 @@ def test_a_text_keeps_its_signs_and_loses_its_dress():
             said = said_text(f"I think.\nAnswer: {dress.format(text)}")
             assert plain(said) == plain(text), (dress, text)
     assert plain("New-York, U.S.") == plain("new york U.S") and plain("−2/3") == plain("-2/3") and plain("H₂O") == plain("h2o")
+    assert plain("[0, 1)") == plain("[0,1)") and plain("1, 200") != plain("1,200") and plain("Paris?") != plain("Paris")
+    assert said_text('{"answer": "Paris", "sure": true}') == said_text('{"answer": "Paris"}') == "Paris"
     assert said_text("Answer: Paris\nThe answer is not Lyon.") == "Paris" and said_text("I don't think the answer is Paris") is None
 
 
