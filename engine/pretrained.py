@@ -124,8 +124,11 @@ def refuse_pointers(name: str, folder: Path) -> None:
     """Raises ValueError if a file that is read is not there itself, but what Git LFS left in its place: a template, say, of three
     lines about nothing, which would be every prompt.
     """
-    for file in (f for kind in ("model*.safetensors", "adapter*.safetensors", "*.json", "*.jinja") for f in folder.glob(kind)):
-        if file.is_file() and file.open("rb").read(40).startswith(b"version https://git-lfs"):
+    kinds = ("model*.safetensors", "adapter*.safetensors", "*.json", "*.jinja")
+    for file in (f for kind in kinds for f in folder.glob(kind) if f.is_file()):
+        with file.open("rb") as content:
+            pointer = content.read(40).startswith(b"version https://git-lfs")
+        if pointer:
             raise ValueError(f"--model {name}: {file} is a Git LFS pointer, not the file itself: run `git lfs pull` there")
 
 

@@ -748,11 +748,11 @@ def test_degenerate_completions_neither_crash_nor_hang():
         CODE | {"entry": "nowhere"},
     ]
     pieces = '|Answer: |Action: |\n|A or |\\boxed{|```\n|((|- |1,|[{"|\0\ud800|٣'.split("|")
-    begun = time.perf_counter()
+    begun = time.process_time()
     for piece in pieces:
         for start in ("", "Answer:", "Action: x\nAction Input:", "```python\n"):
             assert not any(score(Example("t", "q", "r", a), start + piece * 5000)["correct"] for a in answers)
-    assert time.perf_counter() - begun < 10
+    assert time.process_time() - begun < 10
 
 
 def test_kinds():
