@@ -43,9 +43,9 @@ def writable(path: str | Path, flag: str = "--out", models: tuple = ()) -> Path:
     Raises ValueError if nothing can be written there, or if it is the folder of one of the `models` that are read: even an empty
     one of that name would hide the hub's.
     """
-    path = Path(path).expanduser()
     try:
-        if any(model and Path(SHORT.get(model, model)).resolve() == path.resolve() for model in models):
+        path = Path(path).expanduser()
+        if any(model and os.path.realpath(SHORT.get(model, model)) == os.path.realpath(path) for model in models):
             raise OSError(0, "is the folder of a model that is read")
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()

@@ -141,19 +141,22 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
     tokenizer, model, adapter = pieces(name, source, dtype)
     eos, vocab = end_ids(model, tokenizer), max(tokenizer.get_vocab().values()) + 1  # ids may have holes: the largest counts
     rows = len(model.get_input_embeddings().weight)
+    if len(tokenizer.get_vocab()) == len(tokenizer.added_tokens_decoder):  # transformers goes on without the vocabulary's file
+        raise ValueError(f"--model {name}: its tokenizer knows no words; copy tokenizer.json, or what else its vocabulary is in")
     if not tokenizer.chat_template:
-        fix = "use an instruct model, or set tokenizer.chat_template and save it"
-        raise ValueError(f"--model {name}: its tokenizer has no chat template; {fix}")
+        raise ValueError(f"--model {name}: its tokenizer has no chat template; use an instruct model, or save it with one")
     if rows < vocab:
-        fix = f"call model.resize_token_embeddings({vocab}) and save it"
-        raise ValueError(f"--model {name}: {rows} embeddings but ids up to {vocab - 1} in the tokenizer; {fix}")
+        raise ValueError(f"--model {name}: {rows} embeddings but ids up to {vocab - 1}; model.resize_token_embeddings({vocab})")
     if not eos:
-        endless = "no end-of-text id in its tokenizer or generation config, so an answer would never end; set eos_token_id"
-        raise ValueError(f"--model {name}: {endless}")
+        raise ValueError(f"--model {name}: no end-of-text id in its tokenizer or generation config; set eos_token_id")
     if strange := [i for i in eos if not 0 <= i < vocab]:
         fix = "set eos_token_id in generation_config.json"
         raise ValueError(f"--model {name}: its end-of-text id {strange[0]} is no token, ids go from 0 to {vocab - 1}; {fix}")
-    if tag := opened_tag(tokenizer):
+    try:
+        tag = opened_tag(tokenizer)
+    except Exception as error:  # a template's code may raise anything
+        raise ValueError(f"--model {name}: its chat template fails ({' '.join(str(error).split())}); repair it") from error
+    if tag:
         told = f"--model {name}: its chat template opens {tag} even with thinking off: every answer begins with thinking"
         warnings.warn(f"{told}; raise --max-new-tokens, edit the template, or use another model", stacklevel=2)
     for m in model.modules():

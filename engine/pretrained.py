@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 transformers.utils.logging.disable_progress_bar()  # loading half a second of weights needs no bar
 # Its page about weights that do not fit: `load` refuses them in one line.
@@ -57,6 +58,7 @@ def pieces(name: str, source: str, dtype: torch.dtype, words: str = "") -> tuple
             tokenizer = AutoTokenizer.from_pretrained(words or where, trust_remote_code=False)
             how = dict(trust_remote_code=False, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
             model, report = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **how)
+            _ = (folder / "generation_config.json").is_file() and GenerationConfig.from_pretrained(where)  # else unread
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a broken file ends in whatever its reader happens to raise
@@ -76,6 +78,9 @@ def pieces(name: str, source: str, dtype: torch.dtype, words: str = "") -> tuple
             warnings.simplefilter("ignore")  # peft has much to say of what is refused here
             warnings.filterwarnings("error", "Found missing adapter keys")
             adapter = peft.PeftModel.from_pretrained(model, where, use_safetensors=True)
+        there = load_file(folder / "adapter_model.safetensors")  # peft drops in silence what its settings do not name
+        if left := {k for k in there if "lora_" in k} - peft.get_peft_model_state_dict(adapter).keys():
+            raise ValueError(f"{len(left)} weights that {ADAPTER} does not ask for (first {min(left)})")
         if not isinstance(model.get_input_embeddings(), nn.Embedding) or not isinstance(model.get_output_embeddings(), nn.Linear):
             raise ValueError("it changes the embeddings or the head; give what peft's merge_and_unload() makes of them")
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, UserWarning, SafetensorError) as error:
@@ -167,15 +172,13 @@ def from_package(source: str, dtype: torch.dtype) -> tuple | None:
 def explain_missing(name: str, source: str, error: Exception) -> str:
     """One line for the usual reasons why a model cannot be loaded."""
     text = str(error) or type(error).__name__
-    text += "; copy it again, or download it whole" if isinstance(error, SafetensorError) else ""
     unfinished = (Path(source) / "settings.json").exists() and not (Path(source) / "summary.json").exists()
     if unfinished and not any(Path(source).glob("*config.json")):
-        return (
-            f"--model {name}: that run has not finished; go on with it by python train.py --out {source} --resume, or give the "
-            "checkpoint-<step> folder in it"
-        )
+        fix = f"go on with it by python train.py --out {source} --resume, or give the checkpoint-<step> folder in it"
+        return f"--model {name}: that run has not finished; {fix}"
     if os.path.isdir(source):
-        return f"--model {name}: the folder {source} does not hold a usable Hugging Face checkpoint ({text.splitlines()[0]})"
+        fix = "copy it again whole, with its weights as safetensors"
+        return f"--model {name}: the folder {source} does not hold a usable Hugging Face checkpoint ({text.splitlines()[0]}); {fix}"
     if source == str(TINY):
         return "--model tiny: tasks/tiny-base is missing; build it with `python -m tasks.tiny`"
     if source.startswith((".", "~")) or os.path.isabs(source):
@@ -187,8 +190,6 @@ def explain_missing(name: str, source: str, error: Exception) -> str:
     if "404" in text or "not a valid model identifier" in text:
         return f"--model {name}: no folder and no hub model of that name ({source}); short names are {', '.join(SHORT)}"
     if "offline" in text.lower() or "connect" in text.lower() or "couldn't find them in the cached" in text.lower():
-        return (
-            f"--model {name}: there is no such folder, {source} is not cached here, and the hub cannot be reached; connect "
-            "once, or give a local folder (--model tiny needs neither)"
-        )
+        fix = "connect once, or give a local folder (--model tiny needs neither)"
+        return f"--model {name}: there is no such folder, {source} is not cached here, and the hub cannot be reached; {fix}"
     return f"--model {name}: {source} cannot be used: {text.splitlines()[0]}"

@@ -62,10 +62,8 @@ def generate(
     """
     longest = max(map(len, prompts))
     if longest + max_new_tokens > lm.context:
-        raise ValueError(
-            f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the model's context of {lm.context}: "
-            "lower --max-new-tokens, or shorten the prompts with --max-prompt-tokens"
-        )
+        both = f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the model's context of {lm.context}"
+        raise ValueError(f"{both}: lower --max-new-tokens, or shorten the prompts with --max-prompt-tokens")
     if temperature > 0 and noise is None:
         noise = torch.rand(len(prompts), max_new_tokens)
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.eos[0]

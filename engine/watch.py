@@ -197,11 +197,9 @@ def before_training(run, out: Path) -> dict:
     checkpoint.write_json(known, found)
     alone, shown = found["alone"]["accuracy"], found["ceiling"]["accuracy"]
     if run.cfg.uses_teacher and alone is not None and shown <= alone:
-        warnings.warn(
-            f"with the reference in its prompt the model is right in {shown:.1f} per cent, alone in {alone:.1f}: a teacher "
-            "whom the reference does not help has nothing to teach; look at the references, or start from a larger model",
-            stacklevel=2,
-        )
+        told = f"with the reference in its prompt the model is right in {shown:.1f} per cent, alone in {alone:.1f}"
+        fix = "look at the references, or start from a larger model"
+        warnings.warn(f"{told}: a teacher whom the reference does not help has nothing to teach; {fix}", stacklevel=2)
     return found
 
 

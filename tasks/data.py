@@ -121,8 +121,10 @@ def chat_ids(tokenizer, message: str) -> list[int]:
 
 
 def opened_tag(tokenizer) -> str:
-    """The tag, <think> for one, that the template leaves open before every answer although "thinking" is off; "" if none."""
-    header = render(tokenizer, MARK, prompt=True).rpartition(MARK)[2]
+    """The tag, <think> for one, that the template leaves open before an answer, or "". ValueError if it hides the message."""
+    _, mark, header = render(tokenizer, MARK, prompt=True).rpartition(MARK)
+    if not mark:  # it wants lists of parts
+        raise ValueError("it leaves out, or rewrites, what the user says")
     tags = re.findall(r"[<\[◁][^<>[\]]*(?:think|thought|reason)[^<>[\]]*[>\]▷]", header, re.IGNORECASE)
     return tags[-1] if tags and not re.search("/|end", tags[-1], re.IGNORECASE) else ""
 

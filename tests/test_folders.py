@@ -81,6 +81,14 @@ def test_the_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
     assert checkpoint.writable("~/o") == tmp_path / "o" and (tmp_path / "o").is_dir()
 
 
+def test_nobodys_home_and_a_circle_of_links_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.symlink("circle", "circle")
+    for out, why in (("~nobody-of-that-name/x", "home"), ("circle", "is a link to nothing")):
+        with pytest.raises(ValueError, match=f"--out {out}: .*{why}"):
+            checkpoint.claim(make("sd", out=out))
+
+
 # --- whose files these are --------------------------------------------------------------------------------------------
 
 
@@ -161,6 +169,24 @@ def test_a_damaged_adapter_is_one_line(tmp_path, tiny):
         (tmp_path / str(i) / name).write_text(content)
         with pytest.raises(ValueError, match=f"--model {tmp_path / str(i)}: (the folder|its adapter and base)"):
             load(str(tmp_path / str(i)), CPU)
+
+
+def test_an_adapter_that_would_be_half_of_itself_is_one_line(tmp_path):
+    lm = load("tiny", CPU)
+    lm.add_lora(2, 4, 0.0)
+    lm.save(folder := tmp_path / "a")
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    for values in (dict(layers_to_transform=[0], target_modules=["q_proj"]), dict(target_modules=["q_proj"])):
+        (folder / "adapter_config.json").write_text(json.dumps(settings | values))
+        with pytest.raises(ValueError, match=f"--model {folder}: .*weights that adapter_config.json does not ask for"):
+            load(str(folder), CPU)
+
+
+def test_weights_that_are_pickled_are_told_how_to_be_saved(tmp_path):
+    folder = tiny_in(tmp_path / "m")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="copy it again whole, with its weights as safetensors"):
+        load(str(folder), CPU)
 
 
 def test_a_plan_for_a_model_that_is_none_is_one_line(tmp_path):

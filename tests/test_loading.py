@@ -99,11 +99,11 @@ def test_weights_that_are_not_all_there_are_one_line(tmp_path, weights, config, 
     assert "\n" not in str(told.value) and "REPORT" not in caplog.text
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json", "generation_config.json"])
 def test_half_a_file_is_one_line(tmp_path, file):
     path = tmp_path / "m" / file
     folder = spoiled(tmp_path / "m")
-    path.write_bytes(path.read_bytes()[:200])
+    path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(ValueError, match="does not hold a usable Hugging Face checkpoint"):
         load(folder, CPU)
 
@@ -166,6 +166,32 @@ def test_a_base_with_another_chat_template_is_refused(tmp_path, tiny):
     task = world.load(5, 1)
     with pytest.raises(ValueError, match="another chat template .*give its true base"):
         metrics.drift(tiny, load(folder, CPU), task, task.test)
+
+
+@pytest.mark.parametrize("gone", [["tokenizer.json"], ["tokenizer.json", "tokenizer_config.json"]])
+def test_a_tokenizer_without_words_is_one_line(tmp_path, gone):
+    spoiled(tmp_path / "m")
+    for name in gone:
+        (tmp_path / "m" / name).unlink()
+    with pytest.raises(ValueError, match="--model .*its tokenizer knows no words; copy tokenizer.json"):
+        load(str(tmp_path / "m"), CPU)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% if %}", "fails .Expected an expression"),
+        ("{{ raise_exception('a system message is needed') }}", "fails .a system message is needed"),
+        ("{{ messages[0].content + 1 }}", "fails .can only concatenate"),
+        ("{{ messages[0].content[0].text }}<|assistant|>", "leaves out, or rewrites, what the user says"),
+        ("{{ messages[0].content | upper }}", "leaves out, or rewrites, what the user says"),
+    ],
+)
+def test_a_template_that_cannot_ask_is_one_line(tmp_path, template, message):
+    folder = spoiled(tmp_path / "m")
+    (tmp_path / "m" / "chat_template.jinja").write_text(template, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"--model .*its chat template .*{message}"):
+        load(folder, CPU)
 
 
 # --- the architecture -------------------------------------------------------------------------------------------------
