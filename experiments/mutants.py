@@ -144,10 +144,13 @@ def killed(name: str, source: str, tests: list[str], seconds: int) -> bool:
     if not child:
         code = 1
         try:
-            signal.alarm(seconds)  # an endless loop is noticed, too
+            signal.alarm(seconds)  # an endless loop is noticed, too; 0: no limit
             os.setsid()
             sink = os.open(os.devnull, os.O_WRONLY)
             os.dup2(sink, 1), os.dup2(sink, 2)
+            ours = {"engine", "tasks", "conftest", *(path.stem for path in ROOT.glob("*.py"))}
+            for loaded in [module for module in sys.modules if module.split(".")[0] in ours]:
+                del sys.modules[loaded]  # all of ours is read anew, so that everybody meets the change
             sys.meta_path.insert(0, Changed(name, source))
             import pytest
 
@@ -165,7 +168,6 @@ def main(argv: list[str] | None = None) -> int:
     add("--only", nargs="+", choices=FILES, default=list(FILES), help="the files that mistakes are put into (default: all five)")
     add("--number", type=int, default=240, help="how many, drawn from all there are (default: %(default)s; 0 = all)")
     add("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
-    add("--seconds", type=int, default=300, help="after which a run of the tests counts as not ending (default: %(default)s)")
     add("--json", default="", help="a file for the result ('' = none)")
     args = parser.parse_args(argv)
     if not hasattr(os, "fork"):
@@ -177,10 +179,11 @@ def main(argv: list[str] | None = None) -> int:
     every = mutants(args.only)
     chosen = sorted(random.Random(args.seed).sample(every, min(args.number or len(every), len(every))))
     tests, survivors, begun = [f"tests/test_{name}.py" for name in TESTS], [], time.perf_counter()
-    if killed("no such module", "", tests, args.seconds):
+    if killed("no such module", "", tests, 0):
         parser.exit(2, "mutants.py: the tests fail without any mistake: mend that first\n")
+    limit = 60 + 3 * int(time.perf_counter() - begun)  # seconds, after which a run of the tests does not end any more
     for name, line, what, source in tqdm(chosen, desc="mutants", unit="mutant"):
-        if not killed(name, source, tests, args.seconds):
+        if not killed(name, source, tests, limit):
             survivors.append({"file": name, "line": line, "change": what})
             tqdm.write(f"survives: {name} line {line}: {what}")
     rate = 100 * (1 - len(survivors) / len(chosen))
