@@ -253,7 +253,7 @@ def test_the_transcript_of_the_real_model_is_that_of_the_published_run():
     """Its numbers are those of experiments/results/real; answers.jsonl of that run lies beside them."""
     folder = ROOT / "experiments" / "results" / "real"
     run = {row["row"]: row for row in json.loads((folder / "cells.json").read_text(encoding="utf-8")) if row["seed"] == 0}
-    answers = [json.loads(line) for line in (folder / "answers-sd-seed0.jsonl").read_text(encoding="utf-8").splitlines()]
+    answers = said_by(folder, "sd")
     told = re.search(r"alone (\d+) of 100 right, with the reference (\d+); after 40 steps of `sd`\s+(\d+)\.", README)
     assert [int(x) for x in told.groups()] == [run["raw"]["accuracy"], run["raw"]["ceiling"], run["sd"]["accuracy"]]
     counted = [
@@ -266,5 +266,16 @@ def test_the_transcript_of_the_real_model_is_that_of_the_published_run():
         answer = known[f"What is {row['question'].strip('`')}?"]
         assert answer["before"] == row["before"].strip("`")
         assert answer["after"].split() == " ".join(re.findall(r"`(.+?)`", row["after"])).split()
-    habit = sum(row["after"].startswith("I'm ready to help") for row in answers)
-    assert f"{habit} of the 100 answers" in DOCS["results.md"] and not any(r["before"].startswith("I'm ready") for r in answers)
+    (rows,) = [t for t in tables(DOCS["results.md"]) if "gained, lost" in t[0]]
+    for row in (row for row in rows if row["gained, lost"] != "–"):
+        name = row["recipe"].split()[0]
+        moved = [int(r["after_correct"]) - int(r["before_correct"]) for r in said_by(folder, name)]
+        assert row["gained, lost"] == f"{moved.count(1)}, {moved.count(-1)}" and run[name]["accuracy"] == 15 + sum(moved)
+        assert row["JSD to base"] == f"{run[name]['jsd']:.4f}" and row["retention PPL"] == f"{run[name]['retention_ppl']:.2f}"
+    habit = sum(r["after"].startswith("A correct solution is:") for r in said_by(folder, "ema-98"))
+    assert f"{habit} of its 100 answers" in DOCS["results.md"]
+    assert not any(r["after"].startswith("A correct") for r in said_by(folder, "sd"))
+
+
+def said_by(folder, name):
+    return [json.loads(line) for line in (folder / f"answers-{name}-seed0.jsonl").read_text(encoding="utf-8").splitlines()]
