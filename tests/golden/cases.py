@@ -90,7 +90,10 @@ def divergences() -> list[Case]:
             add(f"tokens that {a} rules out add exactly 0, value and gradient", few, more)
         if function in ("kl", "reverse_kl"):
             add(f"{a} allows what {b} rules out: inf", more, few, grad="")
+        if function == "kl":
+            add("q 200 nats down: no log-probability is clamped", f(HALF, HALF), f(0.0, -200.0))
         if function == "jsd":
+            add("probabilities of e^-800 and e^-900: the mixture is a logaddexp", f(0.0, -800.0), f(0.0, -900.0))
             for alpha in (0.01, 0.3, 0.99):
                 add(f"alpha {alpha}: the teacher's share of the mixture", x, y, alpha=alpha)
             add("nothing in common: ln 2, the largest value", f([0.0, *[-INF] * 4]), f([-INF, HALF, HALF, -INF, -INF]))
@@ -126,6 +129,9 @@ def other_losses() -> list[Case]:
     both = dict(student=n.logps(B, T, V, width=30.0), teacher=f([sure] * T, [sure] * T))
     add("top_k_with_tail", "nearly all mass in the head: the tail is summed, not 1 - head", both, "student", k=2)
 
+    tiny = f(0.0, -800.0, -900.0)
+    add("top_k_with_tail", "a tail of e^-800 and e^-900: logsumexp subtracts its maximum", dict(student=tiny, teacher=tiny), k=1)
+
     n = Numbers("sampled_reverse_kl")
     student, teacher = n.uniform(B, T, low=-4.0, high=0.0), n.uniform(B, T, low=-4.0, high=0.0)
     both, same = dict(student=student, teacher=teacher), dict(student=student, teacher=student)
@@ -146,6 +152,8 @@ def other_losses() -> list[Case]:
     rubbish = dict(per_token=D.masked_fill(OFF, INF), mask=RAGGED)
     add("quantile_ceiling", "masked tokens hold inf and do not count", rubbish, "per_token", q=0.8)
     add("quantile_ceiling", "all 0: never below 1e-6", dict(per_token=D * 0, mask=RAGGED), "per_token", q=0.9)
+    below = dict(per_token=f([-3.0, 1.0]), mask=torch.tensor([[1, 1]]))
+    add("quantile_ceiling", "a sampled divergence of -3: the quantile of D, not of |D|", below, "per_token", q=1.0)
 
     n, three = Numbers("contrastive"), "student positive negative"
     given = {k: n.uniform(B, T, low=-4.0, high=0.0) for k in three.split()}
@@ -193,6 +201,8 @@ def disagreement() -> list[Case]:
     add("sequence: one without tokens has 0", 3, "sequence", "var", GAP)
     for place, mask in GAPS.items():
         add(f"sequence: one without tokens, the {place}", 3, "sequence", "var", mask)
+    close, one = f([[-64.0]], [[-64.03125]]), torch.tensor([[1]])
+    add("float32: the mean is subtracted, then squared; E[x^2] - E[x]^2 cancels", 2, "token", "var", one, logps=close)
     add("an unknown level is refused", 2, "word", "var", refuses="level")
     add("an unknown stat is refused", 2, "token", "std", refuses="stat")
     return out
@@ -220,6 +230,7 @@ def weights() -> list[Case]:
     add("no disagreement: the scale is never below 1e-6, every weight is 1", 1.0, delta * 0)
     add("masked tokens hold nan and do not count", 1.0, delta.masked_fill(OFF, NAN))
     add("one token is its own quantile", 1.0, f([0.7]), torch.tensor([[1]]))
+    add("disagreements below 1e-6: the scale is the larger of the two, not the sum", 1.0, f([1e-7, 2e-7]), torch.tensor([[1, 1]]))
     add("every token masked is refused", 1.0, mask=RAGGED * 0, refuses="mask")
     for gamma in (0.0, 0.01, 1.0, 20.0):
         out.append(Case("sequence_weights", f"gamma {gamma}", dict(delta=f(0.0, 0.3, 2.5)), "delta", dict(gamma=gamma)))
@@ -254,6 +265,8 @@ def means() -> list[Case]:
         for place, mask in GAPS.items():
             add("coefficients", f"{norm}: a sequence without tokens, the {place}", norm, mask)
         add("coefficients", f"{norm}: masked weights hold nan", norm, weights=some.masked_fill(OFF, NAN))
+    name = "batch: weights of 1e-12 have the shares of larger ones: nothing is added to their sum"
+    add("coefficients", name, "batch", torch.tensor([[1, 1]]), f([1e-12, 3e-12]))
     return out
 
 
@@ -274,8 +287,8 @@ def ema() -> list[Case]:
     add("decay 0.99, a student one bf16 step away: a bf16 shadow would never move", 0.99, f(1.0, 1.0), near)
     for decay in (1.1, -0.1):
         add(f"decay {decay} is refused", decay, refuses="decay")
-    for decay, every in ((0.9, 1), (0.9, 10), (0.98, 10), (0.5, 7), (0.999, 1), (1.0, 10), (0.0, 10)):
-        end = {1.0: ": never, inf", 0.0: ": at once"}.get(decay, "")
+    for decay, every in ((0.9, 1), (0.9, 10), (0.98, 10), (0.5, 7), (0.999, 1), (1.0, 10), (0.0, 10), (1.5, 1), (-0.5, 1)):
+        end = ": never, inf" if decay >= 1 else ": at once" if decay <= 0 else ""
         name = f"decay {decay} every {every} steps{end}"
         out.append(Case("half_life", name, {}, "", dict(decay=decay, every=every)))
     return out
@@ -473,10 +486,55 @@ def edges() -> list[Case]:
     return out
 
 
+def small() -> list[Case]:
+    """One or two tokens over two words: what larger cases forgive."""
+    out = []
+
+    def add(name, student, teacher=None, negative=None, contexts=None, mask=((1,),), ids=None, heads=False, rows=None, **settings):
+        """Logits as a list of all tokens' pairs; `heads`: both are the identity, as matrices."""
+        mask, (B, T) = torch.tensor(mask), (len(mask), len(mask[0]))
+        views = dict(student=student, teacher=teacher, negative=negative, contexts=contexts)
+        inputs = {k: None if x is None else f(*x).reshape(*[2] * (k == "contexts"), B, T, 2) for k, x in views.items()}
+        inputs |= dict(ids=mask * 0 if ids is None else torch.tensor(ids), mask=mask)
+        inputs |= {k: f([1.0, 0.0], [0.0, 1.0]) if heads else None for k in ("head", "teacher_head")}
+        grad = " ".join(k for k, v in inputs.items() if v is not None and v.is_floating_point())
+        used = {k: v for k, v in vars(Config(**settings)).items() if k in OBJECTIVE}
+        out.append(Case("objective", name, inputs, grad, dict(vocab=2, rows=rows) | used))
+
+    one, other, even = [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]
+    tokens, rows = ((1, 1),), ((1,), (1,))
+    nll, sequence = dict(w_div=0.0, w_nll=1.0), dict(agreement="sequence", gamma=1.0)
+    add("distill temperature 0.5 through real heads", [one], [other], heads=True, distill_temperature=0.5)
+    name, some = "agreement temperature 0.5 through real heads", dict(heads=True, agreement_temperature=0.5)
+    add(name, [one], [other], contexts=[one, even], normalizer="sequence", **some, **sequence)
+    name = "micro-batch of row 0, normalizer sequence: B is the step's"
+    add(name, [one, even], mask=rows, rows=[0, 1], normalizer="sequence", **nll)
+    name = "budget 0.5, micro-batch of row 0: the step's one row that is read is the other"
+    two = dict(student=[one, even], teacher=[[3.0, 0.0], [0.5, 0.0]], contexts=[one, [2.0, 0.0], even, even], mask=rows)
+    add(name, **two, rows=[0, 1], agreement_budget=0.5, **sequence)
+    add("sequence agreement by range", **two, stat="range", **sequence)
+    add("micro-batch without tokens: a loss of 0, not refused", [one, even], mask=((1,), (0,)), rows=[1, 2], **nll)
+    ragged = dict(mask=((1, 1), (1, 0)), normalizer="sequence")
+    add("cross-entropy alone, normalizer sequence", [one, even, even, even], ids=[[0, 0], [1, 0]], **ragged, **nll)
+    far = [[3.0, 0.0], even, even, even]
+    add("feature matching alone, normalizer sequence", [even] * 4, far, w_div=0.0, w_match=1.0, **ragged)
+    add("contrast without a divergence: the teacher is read", [one], [other], [[1.0, 1.0]], w_div=0.0, w_contrast=1.0)
+    name, contexts = "token weights, gamma 1000: the floor is 0.01", [even, even, even, [3.0, 0.0]]
+    add(name, [even, even], [one, [3.0, 0.0]], contexts=contexts, mask=tokens, agreement="token", gamma=1000.0)
+    add("logits of 1000: the objective's log-softmax subtracts its maximum", [[1000.0, 996.0]], [[996.0, 1000.0]])
+    add("jsd, alpha 0.3, top-k 1", [one], [other], divergence="jsd", alpha=0.3, estimator="top-k", top_k=1)
+    sampled = dict(mask=tokens, divergence="reverse", estimator="sampled")
+    name = "the sampled estimator below 0 throughout: its quantile ceiling is 1e-6"
+    add(name, [[0.0, 3.0], other], [[3.0, 0.0], one], clip_quantile=0.5, **sampled)
+    name = "the sampled estimator, -1 and 1: the ceiling at quantile 0.75 is 0.5"
+    add(name, [other, one], [one, other], clip_quantile=0.75, **sampled)
+    return out
+
+
 FILES = {
     "losses.json": lambda: divergences() + other_losses(),
     "agreement.json": lambda: disagreement() + weights() + means(),
     "ema.json": ema,
     "reading.json": reading,
-    "objective.json": lambda: recipes() + edges(),
+    "objective.json": lambda: recipes() + edges() + small(),
 }

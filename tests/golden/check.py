@@ -6,7 +6,8 @@
     python tests/golden/check.py port --case "micro-batch"    only cases whose name matches a regular expression
 
 What: calls the port on every case, compares values, and gradients: autograd of torch, vjp of JAX, central differences of
-NumPy. Prints a line per function with the number of cases and the worst error, or with the first number that is wrong. The
+NumPy. Prints a line per function with the number of cases and the worst error, or with the first number that is wrong, in the
+order of porting: so repair the first FAIL first. A port that changes its inputs fails, too. The
 error of a number is |got - expected| / max(0.1, |expected|). Modules are looked for in the current folder first. README.md has the
 signatures. Exit code 0: all agree; 1: something differs; 2: the command makes no sense.
 Depends on numpy, and on whatever the port needs; not on the rest of the repository.
@@ -25,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent
+ORDER = ("losses", "agreement", "ema", "reading", "objective")  # of porting, and of printing: each needs only those before it
 TOLERANCE = {"float64": 1e-10, "float32": 2e-5, "bfloat16": 0.15}  # README.md says how they were found
 ONLY_FIRST = ("objective",)  # functions of which only the first output is demanded
 STEP, DIFFERENCES = 1e-5, 1e-6  # of central differences, and the tolerance of a gradient found by them
@@ -35,10 +37,10 @@ class Mismatch(Exception):
 
 
 def load() -> dict[str, list[dict]]:
-    """All vectors beside this file: function -> its cases, in the order of the files."""
+    """All vectors beside this file: function -> its cases, in the order of porting."""
     found: dict[str, list[dict]] = {}
-    for path in sorted(HERE.glob("*.json")):
-        for case in json.loads(path.read_text()):
+    for name in ORDER:
+        for case in json.loads((HERE / f"{name}.json").read_text()):
             found.setdefault(case["function"], []).append(case)
     return found
 
@@ -73,7 +75,7 @@ class Numpy:
 
     def call(self, port, inputs: list, settings: dict, at: list[int]) -> tuple:
         """-> (what the port returned, its gradients with respect to the inputs numbered `at`, or None)."""
-        value = port(*[x.copy() if i in at else x for i, x in enumerate(inputs)], **settings)
+        value = port(*inputs, **settings)
         return value, [self.slopes(port, inputs, settings, i) for i in at] if self.dtype == "float64" else None
 
     def slopes(self, port, inputs: list, settings: dict, at: int) -> np.ndarray:
@@ -208,6 +210,7 @@ def check_case(port, case: dict, kind, tolerance: float, gradients: bool) -> tup
     if kind.by_differences:
         wanted = {k: g for k, g in wanted.items() if g != 0 and not held(case)}
     at = [names.index(k) for k in wanted]
+    before = [None if x is None else np.array(kind.take(x)) for x in inputs]  # a copy
     if case["function"] == "ema_update":  # one update per student
         port = repeated(port, kind)
     try:
@@ -223,6 +226,9 @@ def check_case(port, case: dict, kind, tolerance: float, gradients: bool) -> tup
         return 0.0, None
     if "raises" in case:
         raise Mismatch(f"expected a {case['raises']['error']} that names {case['raises']['names']!r}, nothing was raised")
+    for name, x, old in zip(names, inputs, before, strict=True):  # the caller reads them again
+        if x is not None and not np.array_equal(kind.take(x), old, equal_nan=True):
+            raise Mismatch(f"the input {name} was changed in place")
     known, worst, wrong = case["outputs"] | case.get("intermediate", {}), 0.0, []
     for name, x in outputs_of(case, value).items():  # all of them: what else is off tells where it began
         try:
@@ -352,6 +358,7 @@ def main(argv: list[str] | None = None) -> int:
         todo = [t for text in args.target for t in targets(text, vectors) if vectors[t[1]]]
         if not todo:
             raise ValueError(f"no case matches --case {args.case.pattern!r}")
+        todo.sort(key=lambda target: list(vectors).index(target[1]))
         names = [kind_of(port, module) if args.arrays == "auto" else args.arrays for port, _, module in todo]
         kinds = {name: KINDS[name](args.dtype) for name in set(names)}
     except (ValueError, ImportError) as error:
