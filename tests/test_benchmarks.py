@@ -703,6 +703,7 @@ def humaneval_like(before, name, body, check):
     return BENCHMARKS["humaneval"].to_example(row, 0, 0)
 
 
+@pytest.mark.slow
 def test_an_answer_cannot_replace_the_helpers_of_a_prompt():
     poly = "from __future__ import annotations\nimport math\n\n\ndef poly(xs: list, x):\n"
     poly += "    return sum(c * math.pow(x, i) for i, c in enumerate(xs))\n"

@@ -134,7 +134,8 @@ def test_a_cut_reference_is_counted(lm):
     assert cut > 0 and len(prompts["teacher"]) <= 30 and "where is lamp: mill" in lm.tokenizer.decode(prompts["teacher"])
 
 
-@pytest.mark.parametrize("kind", ["retrieval", pytest.param("induction", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["retrieval", "induction"])
 def test_a_run_with_prepared_contexts_resumes(kind, tmp_path):
     fast = dict(
         steps=2,

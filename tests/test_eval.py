@@ -23,6 +23,7 @@ def test_one_checkpoint_and_its_base(tmp_path, capsys):
     assert command.main(argv) == 0 and sorted((out / "answers").iterdir()) == answers
 
 
+@pytest.mark.slow
 def test_several_tasks_make_the_papers_table(tmp_path, capsys, monkeypatch):
     def fake(name, train_size, test_size):
         assert train_size is None and test_size == 2

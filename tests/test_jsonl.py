@@ -270,6 +270,7 @@ def run(data, out, *flags):
     return train.main(parse(["--data", str(data), "--out", str(out), *SHORT, *flags]))
 
 
+@pytest.mark.slow
 def test_a_lone_line_of_a_kind_trains_beside_the_others(tmp_path, no_picture):
     path = write(
         tmp_path,
@@ -303,6 +304,7 @@ def test_questions_that_are_too_long_are_left_out_on_both_sides(tmp_path, capsys
         run(only, tmp_path / "b", "--recipe", "sd")
 
 
+@pytest.mark.slow
 def test_without_answers_nothing_is_called_wrong(tmp_path, capsys):
     path, out = write(tmp_path, *(line(f"q{i}") for i in range(6))), tmp_path / "a"
     with warnings.catch_warnings():

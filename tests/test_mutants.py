@@ -19,6 +19,7 @@ def test_every_kind_of_mistake_is_one_change(tmp_path, monkeypatch):
     assert len({*found.values()}) == len(found) and ast.unparse(ast.parse(DIVIDED)) not in found.values()
 
 
+@pytest.mark.slow
 def test_the_method_has_hundreds_and_none_in_what_is_only_said():
     every = mutants.mutants(list(mutants.FILES))
     assert len(every) > 400 and {name for name, *_ in every} == set(mutants.FILES)

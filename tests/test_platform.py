@@ -64,7 +64,9 @@ def bare(monkeypatch):
     warnings.simplefilter("ignore")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "asleep")) for n in JUDGED])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("asleep", "endless", "keeps the judge busy"))) for n in JUDGED]
+)
 def test_a_verdict_without_isolation(bare, name):
     source, reason, *tests = JUDGED[name]
     verdict = run_tests([(source, tests or T)], QUICK)[0]
@@ -95,6 +97,7 @@ def test_order_progress_and_one_line(monkeypatch, capsys):
     assert ["no isolation here" in str(w.message) and "\n" not in str(w.message) for w in told] == [True]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes as Linux shows them")
 def test_what_a_program_started_ends_with_it(bare, tmp_path):
     """Also where the program itself has ended, well or badly."""

@@ -77,6 +77,7 @@ def test_killed_once_and_resumed_it_is_the_run_that_was_never_killed(tmp_path, r
     assert_same(out, twenty)
 
 
+@pytest.mark.slow
 def test_the_scale_of_fp16_is_in_the_checkpoint(tmp_path, monkeypatch, tiny):
     """The first step overflows, the second does not: it must find the scale that the first has left."""
     real, calls = train.chunked_objective, []

@@ -14,6 +14,7 @@ def lm(tiny):
     return tiny
 
 
+@pytest.mark.slow
 def test_the_base_half_knows_the_world_and_can_use_a_reference(lm):
     task = world.load(5, 30)
     alone, helped = measure(lm, task, task.test), measure(lm, task, task.test, with_reference=True)

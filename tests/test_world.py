@@ -81,6 +81,7 @@ def test_where_the_reference_is_wrong_the_negative_is_wrong_too(family):
     assert not any(r["correct"] for r in score(examples, others))
 
 
+@pytest.mark.slow
 def test_the_world_is_finite_and_says_so():
     with pytest.raises(ValueError, match="--eval-size"):
         distinct(("choice",), 3000, -1, test=True, ood=True)
