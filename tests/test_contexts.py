@@ -69,6 +69,7 @@ def test_the_models_states_find_the_same_family(lm):
     assert sum(same) > 0.9 * len(same)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["random", "retrieval", "induction"])
 @pytest.mark.parametrize("with_reference", [True, False])
 def test_the_grid(lm, kind, with_reference, tmp_path, few_instructions):

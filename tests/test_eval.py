@@ -77,6 +77,7 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("eval.py: stopped")
 
 
+@pytest.mark.slow
 def test_every_answer_can_be_read(tmp_path):
     """answers.jsonl: a line per question of both sides; what is right by it is what the table counted."""
     assert command.main(["--model", "tiny", "--base", "tiny", "--size", "2", "--out", str(tmp_path)]) == 0

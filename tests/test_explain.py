@@ -368,6 +368,7 @@ def says(monkeypatch, *lines):
     monkeypatch.setattr(builtins, "input", answer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [":q", "", "  ", EOFError, KeyboardInterrupt])
 def test_a_talk(command_with, monkeypatch, capsys, end):
     says(monkeypatch, "ref: too early", "89+72", "hello there", "ref: 12", "x" * 600, end, "never asked")

@@ -122,6 +122,7 @@ def test_an_attempt_that_failed_does_not_block_its_folder(tmp_path):
     assert checkpoint.claim(cfg) == tmp_path / "o"
 
 
+@pytest.mark.slow
 def test_an_evaluation_replaces_only_what_an_evaluation_wrote(tmp_path):
     command = ["eval.py", "--model", str(TINY), "--size", "1", "--max-new-tokens", "2", "--device", "cpu", "--out"]
     (tmp_path / "run").mkdir()

@@ -289,6 +289,7 @@ def test_a_lone_line_of_a_kind_trains_beside_the_others(tmp_path, no_picture):
         assert run(path, tmp_path / "c", "--agreement", "none")["steps"] == 1
 
 
+@pytest.mark.slow
 def test_questions_that_are_too_long_are_left_out_on_both_sides(tmp_path, capsys, no_picture):
     long = "word " * 1000
     lines = [line(f"q{i} " + long * (i % 4 == 0), answer=i, split="test" if i > 5 else "train") for i in range(9)]
@@ -335,6 +336,7 @@ def test_a_mixed_file_is_judged_by_what_has_answers(tmp_path, no_picture):
     assert summary["after"]["by_task"] == {"number": 0.0, "unscored": None} and summary["after"]["accuracy"] == 0.0
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_own_file_only(tmp_path, no_picture):
     path, out = write(tmp_path, *(line(f"q{i}", answer=i) for i in range(6))), tmp_path / "a"
     with warnings.catch_warnings():

@@ -95,6 +95,7 @@ def test_a_run_and_its_checkpoint_in_plain_peft(recipe, tmp_path, no_picture):
     assert (logits(plain) - logits(load("tiny", CPU).model)).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 def test_resume_is_exact_with_factors_and_dropout(tmp_path):
     cfg = FAST | dict(steps=3, lora_dropout=0.1, ema_every=1)
     straight, rows = steps_of(tmp_path / "a", **cfg)
@@ -124,6 +125,7 @@ def test_training_goes_on_from_a_loaded_adapter(tmp_path):
         assert_close(logits(teacher), logits(first.model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_bf16_base_with_fp32_factors(tmp_path):
     run, _ = steps_of(tmp_path, last=1, steps=1, dtype="bf16", **FAST)
     assert {p.dtype for n, p in run.lm.model.named_parameters() if "lora_" not in n} == {torch.bfloat16}

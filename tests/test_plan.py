@@ -17,7 +17,10 @@ from tasks import jsonl
 WITH_A_BUDGET = {f"a quarter by {u}": dict(agreement_budget=0.25, uncertainty=u) for u in ("entropy", "divergence")}
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, *WITH_A_BUDGET])
+QUICK = ("sft", "sd", "unisd-star", *WITH_A_BUDGET)  # the other recipes are parts of these
+
+
+@pytest.mark.parametrize("recipe", [*QUICK, *(pytest.param(r, marks=pytest.mark.slow) for r in RECIPES if r not in QUICK)])
 def test_passes_are_those_of_a_real_step(recipe, tmp_path):
     cfg = make(
         recipe if recipe in RECIPES else "unisd-star",

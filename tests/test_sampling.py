@@ -92,7 +92,7 @@ def layered(kind, tokenizer):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("temperature", [0.0, 2.0])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 2.0])
 def test_a_model_whose_rows_cannot_leave_answers_as_row_by_row(tiny, kind, temperature):
     lm = layered(kind, tiny.tokenizer)
     prompts = [list(range(6, 6 + n)) for n in (3, 9, 4, 7, 5, 8, 6, 3, 11, 4)]

@@ -523,6 +523,7 @@ def import_from(folder):
 
 
 @linux
+@pytest.mark.slow
 def test_where_the_kernel_refuses(tmp_path):
     """No Landlock, no filter: limits, the judge and, for root, the uid remain. describe() owns up."""
     victim = tmp_path / "victim"

@@ -246,6 +246,7 @@ def test_fp16_trains_like_fp32(tmp_path):
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=0.02)  # measured before the limit, after the scale is off
 
 
+@pytest.mark.slow
 def test_an_overflow_skips_the_update_and_halves_the_scale(tmp_path, monkeypatch):
     scale_of(monkeypatch, 2.0**40)
     run, rows = steps_of(tmp_path, "sd", dtype="fp16", **(FEW | dict(steps=2)))
@@ -254,6 +255,7 @@ def test_an_overflow_skips_the_update_and_halves_the_scale(tmp_path, monkeypatch
     assert all(math.isfinite(r["loss"]) and not math.isfinite(r["grad_norm"]) for r in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "scale", "broken"), [("fp16", 65536.0, "loss"), ("fp16", 0.5, "gradient"), ("fp32", 1.0, "gradient")]
 )
@@ -379,6 +381,7 @@ def test_a_run_that_is_stopped_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "checkpoint-1" / "state.pt").exists() and not (tmp_path / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_resume_without_out_finds_the_default_folder(tmp_path, monkeypatch, capsys, no_picture):
     monkeypatch.chdir(tmp_path)
     fast = "--steps 1 --batch 2 --micro-batch 2 --eval-size 1 --train-size 10 --teacher-every 0 --device cpu".split()
