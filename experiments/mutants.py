@@ -149,7 +149,7 @@ def killed(name: str, source: str, tests: list[str], seconds: int) -> bool:
             sink = os.open(os.devnull, os.O_WRONLY)
             os.dup2(sink, 1), os.dup2(sink, 2)
             ours = {"engine", "tasks", "conftest", *(path.stem for path in ROOT.glob("*.py"))}
-            for loaded in [module for module in sys.modules if module.split(".")[0] in ours]:
+            for loaded in [module for module in sys.modules if module.split(".")[0] in ours or module.startswith("test")]:
                 del sys.modules[loaded]  # all of ours is read anew, so that everybody meets the change
             sys.meta_path.insert(0, Changed(name, source))
             import pytest
