@@ -21,12 +21,11 @@ import os
 import sys
 import tempfile
 import warnings
-from datetime import date
 from itertools import compress
 from pathlib import Path
 
 from engine import any_console, checkpoint, metrics
-from engine.config import Config, check, saved_settings
+from engine.config import day, saved_settings
 from engine.loading import Loaded, choose_device, load, load_base
 from engine.watch import bars
 from tasks.catalog import load_task
@@ -207,9 +206,7 @@ def run(args, cache: Path) -> list[dict]:
     """A report per task that can be loaded. Raises ValueError if none can, or a model cannot."""
     if args.out:
         check_out(args)
-    check(Config(date=args.date))
-    saved = saved_settings(args.model)
-    today = args.date or saved.get("date") or str(date.today())
+    today = day(args.date, args.model)
     tasks, problems = [], []
     for name in TABLE_1 if args.task == "all" else (args.task,):  # before the models: loading these takes longer
         try:
@@ -227,7 +224,7 @@ def run(args, cache: Path) -> list[dict]:
     for lm in filter(None, (model, base)):
         lm.dtype, lm.sample_batch, lm.tokenizer.today = dtype, args.sample_batch, today
     # A run's answers are measured at the length it was trained with.
-    limit = args.max_new_tokens or saved.get("max_new_tokens", 0)
+    limit = args.max_new_tokens or saved_settings(args.model).get("max_new_tokens", 0)
     return [evaluate(model, base, task, limit, cache) for task in tasks]
 
 

@@ -10,9 +10,8 @@ import argparse
 import math
 import os
 from dataclasses import fields
-from datetime import date
 
-from engine.config import PRESETS, Config, add_flag, make, saved_settings
+from engine.config import PRESETS, Config, add_flag, day, make
 from engine.loading import Loaded, choose_device, load, load_base
 from engine.pretrained import SHORT, speaks_world
 
@@ -80,9 +79,8 @@ def load_models(args: argparse.Namespace, cfg: Config) -> tuple[Loaded, Loaded]:
     device, dtype, _ = choose_device(cfg.device, cfg.dtype)
     lm = load(args.model, device)
     base = load_base(args.base, device, lm) if args.base else lm
-    today = cfg.date or saved_settings(args.model).get("date") or str(date.today())
     for model in (lm, base):
-        model.dtype, model.tokenizer.today = dtype, today
+        model.dtype, model.tokenizer.today = dtype, day(cfg.date, args.model)
     if "max_new_tokens" not in args:
         cfg.max_new_tokens = min(cfg.max_new_tokens, lm.context // 2)
     return lm, base

@@ -9,14 +9,13 @@ Depends on most other files.   Try it:  python -m pytest tests/test_train.py -q
 import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 
 import torch
 
 from ema import EMA, half_life
 from engine import checkpoint, contexts, metrics, parallel, plan
-from engine.config import DEPARTURES, Config, saved_settings
+from engine.config import DEPARTURES, Config, day
 from engine.loading import Loaded, choose_device, load
 from engine.parallel import ALONE, Alone, whole_layers
 from tasks import catalog, jsonl
@@ -125,8 +124,7 @@ def start(cfg: Config, out: Path) -> Run:
     """Load everything and check that it can work. Raises ValueError, with the fix, if it cannot."""
     torch.manual_seed(cfg.seed)
     device, ranks = place(cfg)
-    earlier = saved_settings(str(out)) if cfg.resume else {}
-    cfg.date = cfg.date or earlier.get("date") or ranks.objects(str(date.today()))[0]  # one for all processes
+    cfg.date = ranks.objects(day(cfg.date, str(out) if cfg.resume else ""))[0]  # one for all processes
     if cfg.preset == "official":
         print("official settings, except:\n  - " + "\n  - ".join(DEPARTURES))
     found = None

@@ -17,7 +17,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, fields
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 
 from losses import LN2
@@ -223,10 +223,7 @@ def contradictions(cfg: Config) -> Iterator[str]:
         yield f"--contexts {cfg.contexts} with --agreement {cfg.agreement}: {why}; set --contexts 2 or more, or --agreement none"
     if cfg.shard and cfg.lora_rank:
         yield "--shard divides what is trained, and LoRA trains little: leave out one of --shard and --lora-rank"
-    try:
-        datetime.fromisoformat(cfg.date or "2026-11-27")
-    except ValueError:
-        yield f"--date {cfg.date!r} is no day; write it as 2026-11-27"
+    day(cfg.date)  # raises what would be said of it
     if cfg.teacher == "ema" and not 0 < cfg.ema_decay < 1:
         yield f"--ema-decay {cfg.ema_decay}: 1 never moves, 0 is the student; use a value between, or --teacher frozen or live"
 
@@ -269,3 +266,12 @@ def saved_settings(out: str) -> dict:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}): repair it, or choose another folder") from error
     return found if isinstance(found, dict) and {"recipe", "model", "seed"} <= found.keys() else {}  # else it is someone else's
+
+
+def day(given: str, folder: str = "") -> str:
+    """The day that dated chat templates show: as given, else that of the run in `folder`, else today. ValueError if it is none."""
+    try:
+        datetime.fromisoformat(given or "2026-11-27")
+    except ValueError as error:
+        raise ValueError(f"--date {given!r} is no day; write it as 2026-11-27") from error
+    return given or saved_settings(folder).get("date") or str(date.today())

@@ -19,7 +19,7 @@ from engine.head import check_head
 from engine.parallel import ALONE, Alone
 from engine.pretrained import SHORT, pieces, the_peft
 from engine.sampling import check_company
-from tasks.data import chat_ids, opened_tag
+from tasks.data import chat_ids, opened_tag, render
 
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, str, str]:
@@ -197,8 +197,7 @@ def load_base(name: str, device: torch.device, lm: Loaded) -> Loaded:
 
 def same_language(lm: Loaded, base: Loaded) -> None:
     """Raises ValueError unless the same ids mean the same to both, and the same question is the same prompt."""
-    turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
-    chat = lambda x: (chat_ids(x.tokenizer, "x"), x.tokenizer.apply_chat_template(turn, tokenize=False))
+    chat = lambda x: (chat_ids(x.tokenizer, "x"), render(x.tokenizer, "x", "y"))
     for what, of in (("tokenizer", lambda x: (x.vocab, x.tokenizer.get_vocab())), ("chat template", chat)):
         if of(lm) != of(base):
             raise ValueError(f"--base {base.name} has another {what} than --model {lm.name}: give its true base")

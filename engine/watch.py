@@ -216,6 +216,7 @@ def after_training(run, out: Path, before: dict, begun: float) -> dict:
         run.optimizer = run.average = run.frozen = None  # their memory is needed for the base beside the trained model
         base = load(cfg.model, lm.device)
         base.dtype, base.sample_batch, base.ranks = lm.dtype, lm.sample_batch, lm.ranks
+        base.tokenizer.today = cfg.date  # else a template with the date would be another one than the run's
     # After 0 steps this is the level to compare with.
     moved = metrics.drift(lm, base, task, task.test, cfg.max_new_tokens, kept_answers(run, out))
     checkpoint.save_final(run)

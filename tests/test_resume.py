@@ -18,8 +18,8 @@ from conftest import TWENTY, rows_of, steps_of
 from safetensors.torch import load_file
 
 import train
-from engine import build, checkpoint
-from engine.config import parse
+from engine import checkpoint, config
+from engine.config import make, parse
 from engine.pretrained import TINY
 
 ROOT = Path(__file__).parents[1]
@@ -145,22 +145,33 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, twenty):
     assert_same(out, twenty)
 
 
+def dated(tmp_path):
+    """A tiny model whose template shows today's date, and settings of a short run of it."""
+    model = shutil.copytree(TINY, tmp_path / "m")
+    template = "{{ strftime_now('%d %b %Y') }}" + (model / "chat_template.jinja").read_text(encoding="utf-8")
+    (model / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return dict(model=str(model), preset="tiny", steps=2, batch=2, micro_batch=2, eval_size=1, train_size=10, max_new_tokens=8)
+
+
+def test_drift_is_measured_under_the_date_of_the_run(tmp_path):
+    """The base is loaded a second time, after training: it must not be asked under another date, and then refused."""
+    summary = train.main(make("sd", out=str(tmp_path / "o"), date="2020-01-02", **(dated(tmp_path) | dict(steps=1))))
+    assert summary["after"]["jsd_to_base"] > 0
+
+
 def test_a_run_that_is_resumed_on_another_day_asks_the_same(tmp_path, monkeypatch):
     """A template with today's date would show another one: settings.json keeps the day on which the run began."""
 
-    class Later(build.date):
+    class Later(config.date):
         @classmethod
         def today(cls):
             return cls(2031, 3, 4)
 
-    model = shutil.copytree(TINY, tmp_path / "m")
-    template = "{{ strftime_now('%d %b %Y') }}" + (model / "chat_template.jinja").read_text(encoding="utf-8")
-    (model / "chat_template.jinja").write_text(template, encoding="utf-8")
-    settings = dict(model=str(model), preset="tiny", steps=2, batch=2, micro_batch=2, eval_size=1, train_size=10, max_new_tokens=8)
+    settings = dated(tmp_path)
     run, _ = steps_of(tmp_path / "o", "sd", last=1, **settings)
-    today = str(build.date.today())
+    today = str(config.date.today())
     checkpoint.write_json(tmp_path / "o" / "settings.json", vars(run.cfg))
-    monkeypatch.setattr(build, "date", Later)
+    monkeypatch.setattr(config, "date", Later)
     again, _ = steps_of(tmp_path / "o", "sd", resume=True, **settings)
     assert run.cfg.date == again.cfg.date == today and run.prompts == again.prompts
     fresh, _ = steps_of(tmp_path / "new", "sd", last=1, **settings)
