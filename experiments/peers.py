@@ -16,6 +16,7 @@ Depends on train.py, eval.py, TRL.   Try it:  python -m pytest tests/test_peers.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -25,6 +26,7 @@ import sys
 import time
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,7 +40,10 @@ from engine.config import Config, make
 from engine.loading import load
 from engine.rollout import right_pad, turn_end
 from experiments.study import spread
-from tasks.data import chat_ids, teacher_message
+from tasks.data import chat_ids, teacher_message, text_ids
+
+with contextlib.suppress(ImportError):
+    import resource  # not on Windows
 
 ROOT = Path(__file__).parents[1]
 PAIRS = {"sd": "TRL's SDFTTrainer", "gkd": "TRL's GKDTrainer"}  # recipe -> who does the same
@@ -109,10 +114,9 @@ def with_trl(cfg: Config, out: Path) -> list[float]:
     else:
         student = [chat_ids(lm.tokenizer, e.question) for e in chosen]
         teacher = [chat_ids(lm.tokenizer, teacher_message(task.wording, e.question, e.reference)) for e in chosen]
-        said = [[*lm.tokenizer(e.target or e.reference, add_special_tokens=False)["input_ids"], turn_end(lm)] for e in chosen]
-        rows = [{"prompt": lm.tokenizer.decode(p), "input_ids": p + s} for p, s in zip(student, said, strict=True)]
-        for row, s in zip(rows, said, strict=True):
-            row["completion_mask"] = [0] * (len(row["input_ids"]) - len(s)) + [1] * len(s)
+        said = [[*text_ids(lm.tokenizer, e.target or e.reference), turn_end(lm)] for e in chosen]
+        pairs = [*zip(student, said, strict=True)]
+        rows = [dict(prompt=lm.tokenizer.decode(p), input_ids=p + s, completion_mask=[0] * len(p) + [1] * len(s)) for p, s in pairs]
         reader = WithReference(load(str(base), torch.device("cpu")).model, dict(zip(map(tuple, student), teacher, strict=True)))
         settings = dict(lmbda=cfg.on_policy, beta=cfg.alpha, max_new_tokens=cfg.max_new_tokens)
         args = GKDConfig(**common, **settings)
@@ -124,7 +128,7 @@ def with_trl(cfg: Config, out: Path) -> list[float]:
 
 def with_ours(cfg: Config, out: Path) -> list[float]:
     """The same run here. -> seconds of each step."""
-    cfg.out = str(out)
+    cfg.out, cfg.resume = str(out), (out / "settings.json").exists()
     train.main(cfg)
     steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [sum(value for key, value in step.items() if key.startswith("s_")) for step in steps]
@@ -133,30 +137,33 @@ def with_ours(cfg: Config, out: Path) -> list[float]:
 def one(side: str, recipe: str, seed: int, extra: dict, out: Path) -> None:
     """One training, in a process of its own: its seconds a step and how far its memory rose go to <out>/cost.json."""
     cfg = make(recipe, seed=seed, sample_every=0, teacher_every=0, **extra)
-    grown = (lambda: __import__("resource").getrusage(0).ru_maxrss / 1024) if sys.platform == "linux" else lambda: float("nan")
-    before = grown()
+    most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 if sys.platform == "linux" else float("nan")  # MiB
+    before = most()
     seconds = (with_trl if side == "trl" else with_ours)(cfg, out)
-    (out / "cost.json").write_text(json.dumps({"seconds": seconds, "mib": grown() - before, "threads": torch.get_num_threads()}))
+    (out / "cost.json").write_text(json.dumps({"seconds": seconds, "mib": most() - before, "threads": torch.get_num_threads()}))
+
+
+def command(*arguments: str) -> None:
+    """A Python command in the project's folder. Raises ValueError with the last line of what went wrong."""
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"{' '.join(arguments)}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
 
 
 def start(side: str, recipe: str, seed: int, flags: list[str], out: Path) -> dict:
-    """`one` as a subprocess, unless it has been done. -> its cost. Raises ValueError with the last line of what went wrong."""
+    """`one` as a subprocess, unless it has been done. -> its cost. Raises ValueError if it fails."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "cost.json").exists():
-        command = [sys.executable, "-m", "experiments.peers", "--one", side, recipe, str(seed), str(out), *flags]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise ValueError(f"{side} {recipe}, seed {seed}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+        command("-m", "experiments.peers", "--one", side, recipe, str(seed), str(out), *flags)
     return json.loads((out / "cost.json").read_text())
 
 
-def measured(out: Path, flags: list[str]) -> dict:
+def measured(out: Path, size: int = 100) -> dict:
     """What eval.py says of the model in `out`: accuracy in per cent, JSD to the base in nats a token."""
     if not (out / "eval" / "eval.json").exists():
-        command = [sys.executable, "eval.py", "--model", str(out), "--base", "tiny", "--data", "tiny", "--out", str(out / "eval")]
-        subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, check=True)
-    report = json.loads((out / "eval" / "eval.json").read_text())
-    return report[0] if isinstance(report, list) else report
+        command("eval.py", "--model", str(out), "--base", "tiny", "--size", str(size), "--out", str(out / "eval"))
+    (report,) = json.loads((out / "eval" / "eval.json").read_text())
+    return {"accuracy": report["model"]["alone"]["accuracy"], "jsd": report["drift"]["jsd_to_base"]}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -181,18 +188,13 @@ def main(argv: list[str] | None = None) -> int:
     steps = min(args.steps, 60) if args.time else args.steps
     flags = ["--steps", str(steps), *["--time"] * args.time]
     try:
-        for seed in range(args.seeds):
-            for recipe in args.recipes:
-                for side in ("ours", "trl"):
-                    out = folder / f"{side}-{recipe}-seed{seed}"
-                    cost = start(side, recipe, seed, flags, out)
-                    row = {"recipe": recipe, "side": side, "seed": seed, "steps": steps, "threads": cost["threads"]}
-                    row |= {"step_seconds": statistics.median(cost["seconds"][5:] or cost["seconds"]), "mib": cost["mib"]}
-                    if not args.time:
-                        said = measured(out, [])
-                        row |= {"accuracy": said["accuracy"], "jsd": said["drift"]["jsd_to_base"]}
-                    found.append(row)
-                    print(json.dumps(row), flush=True)
+        for seed, recipe, side in product(range(args.seeds), args.recipes, ("ours", "trl")):
+            out = folder / f"{side}-{recipe}-seed{seed}"
+            cost = start(side, recipe, seed, flags, out)
+            row = {"recipe": recipe, "side": side, "seed": seed, "steps": steps, "threads": cost["threads"]}
+            row |= {"step_seconds": statistics.median(cost["seconds"][5:] or cost["seconds"]), "mib": cost["mib"]}
+            found.append(row | ({} if args.time else measured(out)))
+            print(json.dumps(found[-1]), flush=True)
     except ValueError as error:
         print(f"peers.py: {error}", file=sys.stderr)
         return 2
@@ -204,8 +206,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def table(found: list[dict], timed: bool) -> str:
     """Markdown: a row per recipe and trainer; mean ± half of a 95 % interval over seeds, or medians and the ratio in turns."""
-    lines = ["| recipe | trainer | s a step | ratio | memory, MiB |" if timed else "| recipe | trainer | accuracy | JSD to base |"]
-    lines += ["|---" * (5 if timed else 4) + "|"]
+    head = ["recipe", "trainer", *(["s a step", "ratio", "memory, MiB"] if timed else ["accuracy", "JSD to base"])]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    interval = lambda rows, key, d: "{:.{d}f} ± {:.{d}f}".format(*spread(r[key] for r in rows), d=d).replace(" ± nan", "")
     for recipe in dict.fromkeys(row["recipe"] for row in found):
         sides = {side: [r for r in found if (r["recipe"], r["side"]) == (recipe, side)] for side in ("ours", "trl")}
         for side, rows in sides.items():
@@ -215,9 +218,7 @@ def table(found: list[dict], timed: bool) -> str:
                 cells = [", ".join(f"{r['step_seconds']:.3f}" for r in rows), f"{statistics.median(ratios):.2f}"]
                 cells += [f"{statistics.median(r['mib'] for r in rows):.0f}"]
             else:
-                cells = [
-                    "{:.{d}f} ± {:.{d}f}".format(*spread(r[key] for r in rows), d=d) for key, d in (("accuracy", 1), ("jsd", 4))
-                ]
+                cells = [interval(rows, "accuracy", 1), interval(rows, "jsd", 4)]
             lines.append(f"| {recipe} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -44,6 +44,13 @@ def test_the_tables():
 
 
 @pytest.mark.slow
+def test_what_eval_says_is_read(tmp_path, tiny):
+    tiny.save(tmp_path)
+    found = peers.measured(tmp_path, size=2)
+    assert 0 <= found["accuracy"] <= 100 and found["jsd"] < 1e-6
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="TRL is not installed")
 @pytest.mark.parametrize("recipe", peers.PAIRS)
 def test_three_steps_in_trl(recipe, tmp_path):
