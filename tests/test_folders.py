@@ -161,6 +161,7 @@ def test_weights_that_were_cut_short_are_one_line(size, finished, tmp_path, caps
 
 
 def test_a_damaged_adapter_is_one_line(tmp_path, tiny):
+    pytest.importorskip("peft")
     lm = load("tiny", CPU)
     lm.add_lora(2, 4, 0.0)
     for i, (name, content) in enumerate(
@@ -173,6 +174,7 @@ def test_a_damaged_adapter_is_one_line(tmp_path, tiny):
 
 
 def test_an_adapter_that_would_be_half_of_itself_is_one_line(tmp_path):
+    pytest.importorskip("peft")
     lm = load("tiny", CPU)
     lm.add_lora(2, 4, 0.0)
     lm.save(folder := tmp_path / "a")
