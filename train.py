@@ -78,7 +78,7 @@ def train(run: Run, log, watch: Watch) -> None:
 
         # --- 4. loss: divergence, contrast, features; the micro-batches are parts of one sum -----------------------------
         model.train()
-        values, loss, scale = [], torch.zeros((), device=run.lm.device), run.loss_scale()
+        values, loss, scale = [], tokens.share.new_zeros(()), run.loss_scale()
         for rows, piece in token_slices(mask, cfg.micro_batch):
             with run.lm.autocast():
                 states = read(model, batch.student[rows], ids[rows], mask[rows])

@@ -230,7 +230,7 @@ def read_back(folder: Path, kind: type) -> tuple[dict, dict]:
     """A checkpoint's state and weights, the model being of this kind. Raises ValueError if it is damaged."""
     try:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        return state, state["factors"] or kind.from_pretrained(folder, dtype=torch.float32).state_dict()
+        return state, state["factors"] or kind.from_pretrained(folder, dtype="auto").state_dict()  # as it was saved
     except Exception as error:  # zip, pickle and safetensors: each has its own
         why = (str(error) or type(error).__name__).splitlines()[0]
         fix = "put back a whole copy, or delete that folder, and --resume begins again at step 0"
