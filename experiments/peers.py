@@ -129,7 +129,8 @@ def with_trl(cfg: Config, out: Path) -> list[float]:
 def with_ours(cfg: Config, out: Path) -> list[float]:
     """The same run here. -> seconds of each step."""
     cfg.out, cfg.resume = str(out), (out / "settings.json").exists()
-    train.main(cfg)
+    if not train.main(cfg):
+        sys.exit(130)  # stopped by Ctrl-C: not done, and goes on the next time
     steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [sum(value for key, value in step.items() if key.startswith("s_")) for step in steps]
 
