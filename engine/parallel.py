@@ -199,10 +199,10 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
     if not sharded:
         return nn.utils.clip_grad_norm_(parameters, limit or math.inf)
     plain = [p.grad for p in parameters if not isinstance(p, DTensor) and p.grad is not None]
-    wide = lambda g: g.to(torch.promote_types(g.dtype, torch.float32))
-    squares = torch.stack([wide(g.to_local()).square().sum() for g in sharded]).sum()
+    square = lambda g: torch.linalg.vector_norm(g, dtype=torch.float64) ** 2
+    squares = torch.stack([square(g.to_local()) for g in sharded]).sum()
     dist.all_reduce(squares)
-    norm = (squares + sum(wide(g).square().sum() for g in plain)).sqrt()
+    norm = (squares + sum(map(square, plain))).sqrt()
     if limit and not norm <= limit:
         for g in [*plain, *(g.to_local() for g in sharded)]:
             g.mul_(limit / (norm + 1e-6))

@@ -50,9 +50,7 @@ PAIRS = {"sd": "TRL's SDFTTrainer", "gkd": "TRL's GKDTrainer"}  # recipe -> who 
 
 
 class WithReference(nn.Module):
-    """A teacher for GKDTrainer, which hands over the student's input: the reference is put into the prompt, and the logits of the
-    answer come back where the student has them. `longer`: a student's prompt ids -> the teacher's.
-    """
+    """GKDTrainer shows its teacher the student's input; this one puts the reference in. `longer`: a student's prompt ids -> its."""
 
     def __init__(self, base: nn.Module, longer: dict[tuple, list[int]]):
         super().__init__()
@@ -60,7 +58,7 @@ class WithReference(nn.Module):
         self.config = base.config
 
     def forward(self, input_ids, attention_mask):
-        """(B, T) twice -> .logits (B, T, V), zero in the prompt, where nobody looks."""
+        """(B, T) twice -> .logits (B, T, V) where the student has its answer; zero in the prompt, where nobody looks."""
         rows, places = [], []
         for ids, seen in zip(input_ids, attention_mask.bool(), strict=True):
             row, at = ids[seen].tolist(), seen.nonzero().squeeze(1)

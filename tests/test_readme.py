@@ -195,6 +195,7 @@ def test_the_shares_of_answers_with_contexts_are_those_of_the_study():
 def test_the_readme_has_one_small_table_of_results_under_its_caveat():
     truth = measured()
     cost = {row["recipe"]: row["time / SFT"] for t in tables(DOCS["cost.md"]) for row in t if "time / SFT" in row}
+    cost["budget-25"] = cost["unisd-star, budget 0.25"]
     (table,) = [t for t in tables(README) if "accuracy" in t[0]]
     assert 6 <= len(table) <= 8
     for row in table:
@@ -216,6 +217,9 @@ def test_the_costs_are_those_of_the_bench():
         assert row["time / SFT"] == f"{truth['time / sft']:.1f}", row["recipe"]
         for part in ("sampling", "scoring", "update"):
             assert row[part] == f"{truth[part + ' %']} %", row["recipe"]
+    busy = {row["recipe"]: " and ".join(f"{x:.1f}" for x in row["time / sft-worked"]) for row in bench["equal answers"]["rows"]}
+    said = DOCS["cost.md"].split("With equal answers.")[1].split("\n- ")[0]
+    assert all(f" {busy[name]}" in said for name in ("sd", "unisd-star", "unisd-star, budget 0.25"))
     losses = {(row["loss"], row["who"]): f"{row['units']:.2f} / {row['time / plain']:.2f}" for row in bench["loss"]}
     (table,) = [t for t in tables(DOCS["cost.md"]) if "ours" in t[0]]
     for row in table:

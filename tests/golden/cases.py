@@ -382,7 +382,7 @@ def recipes() -> list[Case]:
     out = []
     for recipe in RECIPES:
         for preset in ("tiny", "real") if ("real", recipe) in PRESET_RECIPES else ("tiny",):
-            cfg = make(recipe, preset=preset)
+            cfg = make(recipe, preset=preset, agreement_budget=1.0)  # the paper's form; a budget has cases of its own
             note = "; ".join(f"{k} {getattr(cfg, k)}" for k, usual in LOOP.items() if getattr(cfg, k) != usual)
             if cfg.steps == 0 and preset == "tiny":
                 note = "this recipe only evaluates, it has 0 steps; with steps, this would be its objective"
