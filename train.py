@@ -122,8 +122,8 @@ def weigh_step(
 ) -> tuple[Weights, Tensor | float | None]:
     """`unisd.weigh` for a step that several processes share. -> this process' Weights, the ceiling of the clip.
 
-    The usual case is: gather mask and contexts, `weigh`, take our rows. The rest serves --agreement-budget (contexts for some
-    answers only) and --clip-quantile (a ceiling from the divergences as they are now).
+    Where all contexts are read: gather mask and contexts, `weigh`, take our rows. The rest serves --agreement-budget (contexts
+    for some answers only, UniSD*'s default) and --clip-quantile (a ceiling from the divergences as they are now).
     A quantile, a denominator and "the least certain quarter" are properties of the whole step. So each process' small tensors
     are gathered, the core computes with all of them as if it were alone, and each process takes its own rows of the result.
     `with teacher():` the model is the teacher; used where contexts are read for the least certain only (--agreement-budget).

@@ -4,7 +4,7 @@
 recipe's name, so mechanisms compose by flags on any of them:  python train.py --recipe ema --clip 2.0
 
 Order of precedence: the dataclass < PRESETS (what the model needs) < RECIPES < PRESET_RECIPES < flags given by hand. It exists so
-that a setting has one default, one help text and one record; what contradicts itself or can have no effect is refused, or warned
+that a setting has one place, one help text and one record; what contradicts itself or can have no effect is refused, or warned
 about, by name and with the fix, before anything is loaded.
 
 Depends on unisd.py (for Mechanisms).   Try it:  python train.py --help

@@ -1,6 +1,6 @@
 """report.py - what a study says: its figures, and the paper's claims beside its numbers.
 
-    python -m experiments.report results          reads results/cells.json, writes results/figures/*.png and results/claims.md
+    python -m experiments.report runs/study       reads cells.json there, writes figures/*.png and claims.md beside it
 
 The idea: rows are compared by differences *paired by seed* (the same seed is the same questions in the same order), with the
 95 % interval of their mean (Student's t over the seeds). A claim is a rule about such intervals, printed beside its verdict,

@@ -85,6 +85,11 @@ def test_state_goes_round_and_another_models_is_refused():
     assert_close(other.shadow["weight"], ema.shadow["weight"], rtol=0, atol=0)
     with pytest.raises(ValueError, match="another model"):
         EMA(model_of(0.0, n=3), 0.9).load_state_dict(ema.state_dict())
+    larger = EMA(nn.Linear(2, 2), 0.9)
+    with pytest.raises(ValueError, match="2 parameters differ, first bias"):  # a name that only one of them has, on either side
+        larger.load_state_dict(ema.state_dict())
+    with pytest.raises(ValueError, match="2 parameters differ, first bias"):
+        EMA(model_of(0.0), 0.9).load_state_dict(larger.state_dict())
 
 
 def test_tied_weights_are_averaged_once():

@@ -5,6 +5,7 @@ off costs nothing.
 import itertools
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import losses
 from ema import EMA
 from engine import head as head_file
 from engine.config import Config
-from engine.head import Head, check_head, chunked_objective, each_token, head_of, sampled_logps
+from engine.head import Head, agree, check_head, chunked_objective, each_token, head_of, sampled_logps
 from engine.reading import PackedReader, passes, token_slices
 from train import scaled, weigh_step
 from unisd import (
@@ -391,6 +392,34 @@ def test_a_head_that_is_not_the_models_own_is_noticed(model):
         with pytest.raises(ValueError, match="scales or changes"):
             check_head(model, VOCAB, [5, 6, 7])
         hook.remove()
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_a_head_has_every_factor_of_its_config_and_lends_its_tensors(scale):
+    config = SimpleNamespace(logit_scale=4.0 * scale, lm_head_multiplier=2.0, logits_scaling=8.0)
+    config.get_text_config = lambda: config
+    linear, states = torch.nn.Linear(3, 5).double(), torch.randn(2, 3, dtype=torch.float64)
+    head = head_of(SimpleNamespace(get_output_embeddings=lambda: linear, config=config), 5)
+    assert head.scale == scale  # 4 x 2 / 8
+    assert_close(head(states), (scale * linear(states)).log_softmax(-1).detach(), **EXACT)
+    lent = head.detach()
+    for ours, theirs in ((lent.weight, linear.weight), (lent.bias, linear.bias)):
+        assert not ours.requires_grad and ours.data_ptr() == theirs.data_ptr()
+
+
+def test_two_ways_to_the_same_logits_agree_up_to_five_per_cent_of_their_spread():
+    """Spread is around the mean of the log-probs: they are all negative, and beside their size 6 per cent looks like 2."""
+    theirs = torch.tensor([[0.0, 1.0, 2.0, 3.0]], dtype=torch.float64)
+    said = theirs.log_softmax(-1)
+    spread = (said - said.mean()).norm()
+    step = (theirs + 0.01 * torch.tensor([1.0, -1.0, 1.0, -1.0])).log_softmax(-1) - said
+    for off in (0.04, 0.06):
+        ours = said + step * off * spread / step.norm()
+        ours = ours if off < 0.05 else ours.logsumexp(-1, keepdim=True) + ours
+        with nullcontext() if off < 0.05 else pytest.raises(ValueError, match=r"differ \(off by 6 %\)"):
+            agree(ours, theirs, "differ")
+    with pytest.raises(ValueError, match="not finite"):
+        agree(theirs, theirs.masked_fill(theirs > 2, torch.inf), "differ")
 
 
 def test_a_scaled_head_has_the_gradient_of_the_plain_formula():
