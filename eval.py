@@ -140,9 +140,9 @@ def main(argv: list[str] | None = None) -> int:
     what = f"tiny, bfcl, a benchmark, a .jsonl file (its test questions), or all ({', '.join(TABLE_1)})"
     parser.add_argument("--task", "--data", default="tiny", help=what, **path)  # --data: as train.py calls it
     many = "questions per family of the tiny world, else per task (0 = all; the tiny world has no end: 100)"
-    parser.add_argument("--size", type=at_least(0), default=100, help=many)
-    parser.add_argument("--max-new-tokens", type=at_least(0), default=0, help="longest answer (0 = the run's, else the task's)")
-    parser.add_argument("--sample-batch", type=at_least(1), default=256, help="prompts answered together; bounds memory")
+    parser.add_argument("--size", type=int, default=100, help=many)
+    parser.add_argument("--max-new-tokens", type=int, default=0, help="longest answer (0 = the run's, else the task's)")
+    parser.add_argument("--sample-batch", type=int, default=256, help="prompts answered together; bounds memory")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="matmul precision")
     parser.add_argument("--date", default="", help="the day that chat templates with a date show ('' = the run's, else today)")
@@ -150,6 +150,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default="", help=where, **path)
     any_console()
     args = parser.parse_args(argv)
+    for name, least in (("size", 0), ("max_new_tokens", 0), ("sample_batch", 1)):
+        if (value := vars(args)[name]) < least:
+            parser.error(f"argument --{name.replace('_', '-')}: {value} is below {least}")
     warnings.formatwarning = lambda message, *_, **__: f"eval.py: {message}\n"
     try:
         with tempfile.TemporaryDirectory() as scratch:
@@ -188,18 +191,6 @@ def check_out(args) -> None:
     ours = earlier.is_file() and earlier.read_text(encoding="utf-8", errors="replace").startswith('[\n {\n  "task"')
     if theirs and not ours:
         raise ValueError(f"--out {out} holds {theirs[0]}, which is of no evaluation: choose another folder")
-
-
-def at_least(least: int):
-    """The type of a flag that is a whole number from `least` on."""
-
-    def number(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is below {least}")
-        return value
-
-    return number
 
 
 def run(args, cache: Path) -> list[dict]:

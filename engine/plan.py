@@ -12,11 +12,11 @@ The time is that work over the share of a matrix product's speed here that langu
 Depends on ema.py, config.py, head.py, parallel.py, rollout.py, tasks/jsonl.py.   Try it:  python -m pytest tests/test_plan.py -q
 """
 
-import time
 import warnings
 from pathlib import Path
 
 import torch
+from torch.utils.benchmark import Timer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ema import half_life
@@ -84,18 +84,12 @@ def passes_of(cfg: Config) -> dict[str, float]:
     return {name: float(n) for name, n in passes.items() if n}
 
 
-def flops_per_second(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+def flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     """What a square matrix product reaches here, floating-point operations per second."""
     n = 4096 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=dtype)
-    a @ a  # the first one is slower
-    done, begun = 0, time.perf_counter()
-    while time.perf_counter() - begun < seconds:
-        a @ a
-        done += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    return done * 2 * n**3 / (time.perf_counter() - begun)
+    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())  # warms up, and waits for a GPU
+    return 2 * n**3 / timer.blocked_autorange(min_run_time=0.3).median
 
 
 def describe(cfg: Config) -> str:

@@ -11,6 +11,8 @@ Shapes: B sequences, T completion tokens, V vocabulary, H hidden size, N = unmas
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -57,11 +59,12 @@ class PackedReader:
             chosen = sorted(rows[i] for i in group)  # the rows of one reading side by side
             sequences = [b for _, b in chosen]
             states = read(self.model, [readings[k].prompts[b] for k, b in chosen], ids[sequences], mask[sequences])
-            for k in sorted({k for k, _ in chosen}):
-                own = [b for number, b in chosen if number == k]
-                n = sum(counts[b] for b in own)
-                first, states = (states[:n], states[n:])  # this reading's states; what is left belongs to the next readings
-                self._keep(readings[k], first, own, kept)
+            start = 0
+            for k, pairs in groupby(chosen, key=itemgetter(0)):  # the rows of one reading
+                own = [b for _, b in pairs]
+                stop = start + sum(counts[b] for b in own)
+                self._keep(readings[k], states[start:stop], own, kept)
+                start = stop
             if self.tally is not None:
                 self.tally["read"] = self.tally.get("read", 0) + sum(lengths[i] for i in group)
                 self.tally["padded"] = self.tally.get("padded", 0) + max(lengths[i] for i in group) * len(group)

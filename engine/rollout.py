@@ -85,11 +85,8 @@ def generate(
             bar.update((start // lm.sample_batch + 1) * max_new_tokens - bar.n)
             rows.update(zip(batch, answers, strict=True))
             decoded += computed
-    ids, _ = right_pad([rows[i].tolist() for i in range(len(prompts))], lm.device, fill=pad)
-    mask = completion_mask(ids, lm.eos)
-    # Padding may look like an end, and an answer that was cut has none: only tokens that were generated may count.
-    lengths = torch.tensor([len(rows[i]) for i in range(len(prompts))], device=lm.device)
-    mask = mask * (torch.arange(ids.shape[1], device=lm.device) < lengths.unsqueeze(1))
+    ids, generated = right_pad([rows[i].tolist() for i in range(len(prompts))], lm.device, fill=pad)
+    mask = completion_mask(ids, lm.eos) * generated  # padding may look like an end, and an answer that was cut has none
     if tally is not None:
         tally["written"] = tally.get("written", 0) + int(mask.sum())
         tally["decoded"] = tally.get("decoded", 0) + decoded

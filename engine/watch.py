@@ -112,21 +112,17 @@ class Clock:
 def log_row(run, batch, weights, ceiling, values: list[dict], loss: float, norm: float, tally: dict) -> dict:
     """One row of log.jsonl. Means over the whole step's unmasked tokens, of all processes; see docs/run-folder.md."""
     m = batch.mask.bool()
-    tokens = {k: torch.cat([v[k] for v in values]) for k in values[0]} | {"weight": weights.reliability[m]}
+    per_token = {k: torch.cat([v[k] for v in values]) for k in values[0]} | {"weight": weights.reliability[m]}
     if ceiling is not None:
-        tokens["clipped"] = tokens["div"] > ceiling
-    sequences = {"length": batch.mask.sum(1), "eos": metrics.ended(run.lm, batch.ids, batch.mask)}
-    counted = {k: torch.tensor(float(v)) for k, v in tally.items()}
-    sums = [m.sum(), torch.tensor(len(m)), *(v.sum() for v in (tokens | sequences | counted).values())]
-    n, b, *sums = run.ranks.total(torch.stack([s.cpu().double() for s in sums])).tolist()
+        per_token["clipped"] = per_token["div"] > ceiling
+    per_answer = {"length": batch.mask.sum(1), "eos": metrics.ended(run.lm, batch.ids, batch.mask)}
+    sums = {k: v.sum() for k, v in (per_token | per_answer).items()} | tally | {"tokens": m.sum(), "answers": len(m)}
+    everyone = run.ranks.total(torch.tensor([float(v) for v in sums.values()], dtype=torch.float64)).tolist()
+    total = dict(zip(sums, everyone, strict=True))
     row = {"step": run.step, "loss": loss, "grad_norm": norm, "lr": run.optimizer.param_groups[0]["lr"]}
-    for k, s in zip(tokens | sequences | counted, sums, strict=True):
-        row[k] = s / n if k in tokens else s / b if k in sequences else int(s)
-    if "decoded" in row:
-        row["wasted"] = 1 - row.pop("written") / row.pop("decoded")
-    if "padded" in row:
-        row["padding"] = 1 - row.pop("read") / row.pop("padded")
-    return row
+    row |= {k: total[k] / total["tokens"] for k in per_token} | {k: total[k] / total["answers"] for k in per_answer}
+    row |= {"wasted": 1 - total["written"] / total["decoded"]} if "decoded" in tally else {}
+    return row | ({"padding": 1 - total["read"] / total["padded"]} if "padded" in tally else {})
 
 
 def curves(log: Path, picture: Path, title: str) -> None:

@@ -67,11 +67,14 @@ def add_negatives(examples: Sequence[Example], seed: int) -> tuple[list[Example]
         texts = {i: text for i, queue in candidates.items() if i not in found and (text := next(queue, None)) is not None}
         results = score_all([examples[i] for i in texts], list(texts.values()), QUICK)
         for (i, text), result in zip(texts.items(), results, strict=True):
+            given = text == examples[i].negative  # it came with the data
             reason = result.get("reason", "assertion")  # only code can also fail to come to its tests
-            if text == examples[i].negative and not result["correct"]:
+            if result["correct"] or (result["abstained"] and not given):
+                continue
+            if given or reason.startswith("assertion"):
                 found[i] = text
-            elif not result["correct"] and not result["abstained"] and reason.startswith(("assertion", "error")):
-                (found if reason.startswith("assertion") else spare).setdefault(i, text)
+            elif reason.startswith("error"):
+                spare.setdefault(i, text)
     found = spare | found
     fails = sum(bool(example.answer) and not result["correct"] for example, result in zip(examples, proven, strict=True))
     counts = {"found": len(found), "missing": len(examples) - len(found) - fails, "reference_fails": fails}

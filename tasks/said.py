@@ -190,11 +190,15 @@ def said_letter(text: str, options: Sequence[str]) -> str | None:
     label = re.compile(r"(?:(?:option|choice|letter)\s)?\(?(?P<x>[A-Z])(?:[).:]+\s+(?P<text>.+))?", re.I)
     lines = [line.lstrip("#>*-• \t") for line in text.split("\n") if line.strip()]
     labels = [label.fullmatch(undressed(line, (*_PAIRS, *_BRACKETS))) for line in lines[:50] + lines[50:][-50:]]
-    ends = labels[:1] * (sum(map(bool, labels)) == 1) + labels[-1:] * (not any(labels[-2:-1]))  # no line of a list
-    if (match := next(filter(None, ends), None)) and (letter := match["x"].upper()) in LETTERS[: len(options)]:
+    match, place = None, 0
+    if labels and labels[0] and sum(map(bool, labels)) == 1:  # the only one, and in the first line
+        match = labels[0]
+    elif labels and labels[-1] and not any(labels[-2:-1]):  # in the last line, and that ends no list
+        match, place = labels[-1], len(text)
+    if match and (letter := match["x"].upper()) in LETTERS[: len(options)]:
         option = options[LETTERS.index(letter)]
         if plain(match["text"] or option) == plain(option):
-            found.append((0, 0 if match is labels[0] else len(text), letter))
+            found.append((0, place, letter))
     return last_stated(found, lambda value: _letter(value, options)[0])
 
 

@@ -56,7 +56,7 @@ class Verdict:
     reason: str  # one printable line of at most 200 characters: "passed", "assertion failed: ...", "timeout" ...
 
 
-def run_tests(jobs: Jobs, limits: Limits = Limits(), progress: bool = False) -> list[Verdict]:
+def run_tests(jobs: Jobs, limits: Limits = Limits()) -> list[Verdict]:
     """Verdicts of the jobs, in order. None can fail another. No tests: not passed. Tests run in order and share their names."""
     # Not fork(): the caller may have threads. No -E: the environment is ours, a fixed hash seed makes verdicts repeat.
     env = {"PYTHONHASHSEED": "0", "PYTHONINTMAXSTRDIGITS": "0", "MALLOC_ARENA_MAX": "1"}
@@ -64,7 +64,7 @@ def run_tests(jobs: Jobs, limits: Limits = Limits(), progress: bool = False) -> 
     if not ISOLATES:
         from tasks.subprocess_judge import judge_all
 
-        return [Verdict(*verdict) for verdict in judge_all(jobs, asdict(limits), env, progress)]
+        return [Verdict(*verdict) for verdict in judge_all(jobs, asdict(limits), env)]
     home = tempfile.mkdtemp(prefix="sandbox-")
     os.chmod(home, 0o711)  # for a program with another uid
     command = [sys.executable, "-SsPB", os.path.abspath(__file__), json.dumps(asdict(limits)), home, str(os.getpid())]
@@ -76,11 +76,9 @@ def run_tests(jobs: Jobs, limits: Limits = Limits(), progress: bool = False) -> 
         queue.seek(0)
         with subprocess.Popen(command, stdin=queue, stdout=subprocess.PIPE, env=env, start_new_session=True) as helper:
             try:
-                for done, line in enumerate(helper.stdout, 1):
+                for line in helper.stdout:
                     number, *verdict = json.loads(line)
                     verdicts[number] = Verdict(*verdict)
-                    if progress:
-                        sys.stderr.write(f"\rsandbox {done}/{len(jobs)}" + "\n" * (done == len(jobs)))
                 if helper.wait():
                     raise RuntimeError("the sandbox's helper died: see above")
             finally:  # on Ctrl-C too; judges and programs ask the kernel to die with it
@@ -334,14 +332,17 @@ def _landlock(folder: str) -> bool:
 def _filter() -> None:
     """EPERM to every system call that is not in CALLS (numbers: x86_64, aarch64) or not as in ONLY."""
     numbers = dict(zip(CALLS.split()[::3], map(int, CALLS.split()[1 + (os.uname().machine == "aarch64") :: 3]), strict=True))
-    # Classic BPF in hex: 20 load, 15 equal?, 35 at least?, 45 any bit?, 6 end; lines to skip if so, if not; value.
-    code, refuse = f"20 0 0 4, 15 1 0 {numbers.pop('MACHINE'):x}, 6 0 0 50001, 20 0 0 0", ", 6 0 0 50001"
+    # Classic BPF: what to do with the loaded word, lines to skip if so, lines to skip if not, value.
+    load, equal, at_least, end, allow, eperm, enosys = 0x20, 0x15, 0x35, 0x06, 0x7FFF0000, 0x50001, 0x50026
+    refuse, number = (end, 0, 0, eperm), (load, 0, 0, 0)
+    code = [(load, 0, 0, 4), (equal, 1, 0, numbers.pop("MACHINE")), refuse, number]
     for call, place, test, *values in map(str.split, ONLY.split("|")):
-        code += f", 15 0 {len(values) + 2:x} {numbers[call]:x}, 20 0 0 {place}"
-        code += "".join(f", {test} {len(values) - i} 0 {value}" for i, value in enumerate(values)) + f"{refuse}, 20 0 0 0"
-    code += "".join(f", 15 0 1 {number:x}, 6 0 0 7fff0000" for number in numbers.values() if number >= 0)
-    code += f", 35 0 1 1b3, 6 0 0 50026{refuse}"  # since 2019: "no such call", or libc would not take the old one instead
-    lines = b"".join(struct.pack("HBBI", *(int(word, 16) for word in line.split())) for line in code.split(","))
+        code += [(equal, 0, len(values) + 2, numbers[call]), (load, 0, 0, int(place, 16))]
+        code += [(int(test, 16), len(values) - i, 0, int(value, 16)) for i, value in enumerate(values)] + [refuse, number]
+    for allowed in (n for n in numbers.values() if n >= 0):
+        code += [(equal, 0, 1, allowed), (end, 0, 0, allow)]
+    # Calls since 2019: "no such call", or libc would not take the old one instead.
+    lines = b"".join(struct.pack("HBBI", *line) for line in [*code, (at_least, 0, 1, 0x1B3), (end, 0, 0, enosys), refuse])
     buffer = ctypes.create_string_buffer(lines)
     LIBC.prctl(22, 2, struct.pack("HP", len(lines) // 8, ctypes.addressof(buffer)))  # PR_SET_SECCOMP
 

@@ -26,14 +26,11 @@ def _warn() -> None:
     warnings.warn(f"{told}; on Linux tasks/sandbox.py isolates it", stacklevel=2)
 
 
-def judge_all(jobs, limits: dict, env: dict, progress: bool):
+def judge_all(jobs, limits: dict, env: dict):
     """(passed, reason) of each job, in order: the values of a sandbox.Verdict. As many at a time as there are cores."""
     _warn()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done, verdict in enumerate(pool.map(partial(_judged, limits=limits, env=env), jobs), 1):
-            if progress:
-                sys.stderr.write(f"\rsandbox {done}/{len(jobs)}" + "\n" * (done == len(jobs)))
-            yield verdict
+        yield from pool.map(partial(_judged, limits=limits, env=env), jobs)
 
 
 def _judged(job: tuple, limits: dict, env: dict) -> tuple[bool, str]:

@@ -452,10 +452,9 @@ def test_reason_shows_the_line_that_failed():
 # --- the batch -------------------------------------------------------------------------------------------------------
 
 
-def test_order_and_progress(capsys):
+def test_order():
     jobs = [(f"import time\ntime.sleep({i % 3 / 9})\ndef f(x): return {i}", ["assert f(0) % 2 == 0"]) for i in range(8)]
-    assert [v.passed for v in run_tests(jobs, QUICK, progress=True)] == [i % 2 == 0 for i in range(8)]
-    assert capsys.readouterr().err.endswith("sandbox 8/8\n")
+    assert [v.passed for v in run_tests(jobs, QUICK)] == [i % 2 == 0 for i in range(8)]
     assert run_tests([]) == []
 
 
