@@ -97,11 +97,21 @@ MODES = {  # name -> processes, flags
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """All of MODES, two at a time."""
-    folder = tmp_path_factory.mktemp("parallel")
-    with ThreadPoolExecutor(2) as pool:
-        for done in [pool.submit(run, n, folder / name, *flags) for name, (n, flags) in MODES.items()]:
-            done.result()
+    """All of MODES, two at a time. Workers of pytest-xdist share them: the first makes the folder, the others wait for "done"."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "parallel"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        while not (folder / "done").exists():
+            time.sleep(0.2)
+        return folder
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            for done in [pool.submit(run, n, folder / name, *flags) for name, (n, flags) in MODES.items()]:
+                done.result()
+    finally:
+        (folder / "done").touch()
     return folder
 
 
