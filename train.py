@@ -21,7 +21,7 @@ import sys
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -152,9 +152,7 @@ def scaled(tokens: Tokens, scale: float) -> Tokens:
     """The same tokens with a larger loss. fp16 keeps nothing below 6e-8, and a token's share of a gradient easily is: so it is
     the *loss* that is scaled, here by its shares, and the gradient is divided again before the update.
     """
-    if scale == 1.0:
-        return tokens
-    return Tokens(tokens.ids, tokens.share * scale, tokens.plain_share * scale, tokens.negative, tokens.ceiling)
+    return replace(tokens, share=tokens.share * scale, plain_share=tokens.plain_share * scale)
 
 
 def order(n: int, seed: int, start: int, count: int) -> list[int]:

@@ -9,6 +9,8 @@ compute what they say. Equal in both: base model, questions and their order, pro
 gradient clipping, temperature, divergence, frozen teacher. Not equal, and left as it is:
   - SDFTTrainer takes the mean of each answer's mean, ours the mean over the step's tokens (--normalizer sequence is theirs);
   - GKDTrainer shows its teacher the student's prompt. `WithReference` puts the reference in, so that both teachers know the same;
+  - GKDTrainer divides a sampled answer's loss by the number of the *reference's* tokens, which is what Trainer has counted before
+    the answers were sampled: steps on longer samples weigh more. The side "trl-own" divides by the tokens in the loss, as ours;
   - the random numbers: other answers are drawn.
 Both results are measured by eval.py, so no difference can come from the measuring.
 
@@ -46,7 +48,8 @@ with contextlib.suppress(ImportError):
     import resource  # not on Windows
 
 ROOT = Path(__file__).parents[1]
-PAIRS = {"sd": "TRL's SDFTTrainer", "gkd": "TRL's GKDTrainer"}  # recipe -> who does the same
+PAIRS = {"sd": {"trl": "TRL's SDFTTrainer"}}  # recipe -> sides that do the same
+PAIRS["gkd"] = {"trl": "TRL's GKDTrainer", "trl-own": "the same, divided by its own tokens"}
 
 
 class WithReference(nn.Module):
@@ -73,7 +76,7 @@ class WithReference(nn.Module):
         return SimpleNamespace(logits=out)
 
 
-def with_trl(cfg: Config, out: Path) -> list[float]:
+def with_trl(cfg: Config, out: Path, own_tokens: bool) -> list[float]:
     """The run that `cfg` describes, in TRL; the model goes to `out`. -> seconds of each step."""
     from datasets import Dataset
     from transformers import TrainerCallback, set_seed
@@ -90,6 +93,9 @@ def with_trl(cfg: Config, out: Path) -> list[float]:
     class InOrder(GKDTrainer):
         def _get_train_sampler(self, dataset=None):
             return SequentialSampler(dataset or self.train_dataset)
+
+        def compute_loss(self, *args, num_items_in_batch=None, **named):
+            return super().compute_loss(*args, num_items_in_batch=None if own_tokens else num_items_in_batch, **named)
 
     seconds: list[float] = []
     set_seed(cfg.seed)
@@ -138,7 +144,7 @@ def one(side: str, recipe: str, seed: int, extra: dict, out: Path) -> None:
     cfg = make(recipe, seed=seed, sample_every=0, teacher_every=0, **extra)
     most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 if sys.platform == "linux" else float("nan")  # MiB
     before = most()
-    seconds = (with_trl if side == "trl" else with_ours)(cfg, out)
+    seconds = with_ours(cfg, out) if side == "ours" else with_trl(cfg, out, own_tokens=side == "trl-own")
     (out / "cost.json").write_text(json.dumps({"seconds": seconds, "mib": most() - before, "threads": torch.get_num_threads()}))
 
 
@@ -187,7 +193,8 @@ def main(argv: list[str] | None = None) -> int:
     steps = min(args.steps, 60) if args.time else args.steps
     flags = ["--steps", str(steps), *["--time"] * args.time]
     try:
-        for seed, recipe, side in product(range(args.seeds), args.recipes, ("ours", "trl")):
+        pairs = product(range(args.seeds), args.recipes)
+        for seed, recipe, side in [(*pair, side) for pair in pairs for side in ("ours", *PAIRS[pair[1]])]:
             out = folder / f"{side}-{recipe}-seed{seed}"
             cost = start(side, recipe, seed, flags, out)
             row = {"recipe": recipe, "side": side, "seed": seed, "steps": steps, "threads": cost["threads"]}
@@ -209,9 +216,9 @@ def table(found: list[dict], timed: bool) -> str:
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     interval = lambda rows, key, d: "{:.{d}f} ± {:.{d}f}".format(*spread(r[key] for r in rows), d=d).replace(" ± nan", "")
     for recipe in dict.fromkeys(row["recipe"] for row in found):
-        sides = {side: [r for r in found if (r["recipe"], r["side"]) == (recipe, side)] for side in ("ours", "trl")}
+        sides = {side: [r for r in found if (r["recipe"], r["side"]) == (recipe, side)] for side in ("ours", *PAIRS[recipe])}
         for side, rows in sides.items():
-            name = "ours" if side == "ours" else PAIRS[recipe]
+            name = PAIRS[recipe].get(side, side)
             if timed:
                 ratios = [a["step_seconds"] / b["step_seconds"] for a, b in zip(rows, sides["trl"], strict=True)]
                 cells = [", ".join(f"{r['step_seconds']:.3f}" for r in rows), f"{statistics.median(ratios):.2f}"]

@@ -341,8 +341,8 @@ def _filter() -> None:
         code += [(int(test, 16), len(values) - i, 0, int(value, 16)) for i, value in enumerate(values)] + [refuse, number]
     for allowed in (n for n in numbers.values() if n >= 0):
         code += [(equal, 0, 1, allowed), (end, 0, 0, allow)]
-    # Calls since 2019: "no such call", or libc would not take the old one instead.
-    lines = b"".join(struct.pack("HBBI", *line) for line in [*code, (at_least, 0, 1, 0x1B3), (end, 0, 0, enosys), refuse])
+    code += [(at_least, 0, 1, 0x1B3), (end, 0, 0, enosys), refuse]  # since 2019: "no such call", or libc takes no older one
+    lines = b"".join(struct.pack("HBBI", *line) for line in code)
     buffer = ctypes.create_string_buffer(lines)
     LIBC.prctl(22, 2, struct.pack("HP", len(lines) // 8, ctypes.addressof(buffer)))  # PR_SET_SECCOMP
 

@@ -41,6 +41,8 @@ def test_the_tables():
     rows += [r | {"seed": 1, "accuracy": r["accuracy"] + 1} for r in rows]
     assert "| sd | ours | 0.200, 0.200 | 0.50 | 300 |" in peers.table(rows, timed=True)
     assert "| sd | TRL's SDFTTrainer | 92.5 ± 6.4 | 0.0300 ± 0.0000 |" in peers.table(rows, timed=False)
+    rows = [row | {"recipe": "gkd", "side": side, "seed": seed} for seed in (0, 1) for side in ("ours", "trl", "trl-own")]
+    assert "| gkd | the same, divided by its own tokens | 90.0 ± 0.0 | 0.0300 ± 0.0000 |" in peers.table(rows, timed=False)
 
 
 @pytest.mark.slow
@@ -52,8 +54,8 @@ def test_what_eval_says_is_read(tmp_path, tiny):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="TRL is not installed")
-@pytest.mark.parametrize("recipe", peers.PAIRS)
-def test_three_steps_in_trl(recipe, tmp_path):
-    cost = peers.start("trl", recipe, 0, ["--steps", "3"], tmp_path)
+@pytest.mark.parametrize(("side", "recipe"), [(side, recipe) for recipe, sides in peers.PAIRS.items() for side in sides])
+def test_three_steps_in_trl(side, recipe, tmp_path):
+    cost = peers.start(side, recipe, 0, ["--steps", "3"], tmp_path)
     assert len(cost["seconds"]) == 3 and (tmp_path / "model.safetensors").exists()
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "qwen2"
