@@ -76,8 +76,7 @@ def run_tests(jobs: Jobs, limits: Limits = Limits()) -> list[Verdict]:
         queue.seek(0)
         with subprocess.Popen(command, stdin=queue, stdout=subprocess.PIPE, env=env, start_new_session=True) as helper:
             try:
-                for line in helper.stdout:
-                    number, *verdict = json.loads(line)
+                for number, *verdict in map(json.loads, helper.stdout):
                     verdicts[number] = Verdict(*verdict)
                 if helper.wait():
                     raise RuntimeError("the sandbox's helper died: see above")
