@@ -152,6 +152,8 @@ def scaled(tokens: Tokens, scale: float) -> Tokens:
     """The same tokens with a larger loss. fp16 keeps nothing below 6e-8, and a token's share of a gradient easily is: so it is
     the *loss* that is scaled, here by its shares, and the gradient is divided again before the update.
     """
+    if scale == 1.0:
+        return tokens
     return replace(tokens, share=tokens.share * scale, plain_share=tokens.plain_share * scale)
 
 
