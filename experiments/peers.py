@@ -217,7 +217,7 @@ def table(found: list[dict], timed: bool) -> str:
     interval = lambda rows, key, d: "{:.{d}f} ± {:.{d}f}".format(*spread(r[key] for r in rows), d=d).replace(" ± nan", "")
     for recipe in dict.fromkeys(row["recipe"] for row in found):
         sides = {side: [r for r in found if (r["recipe"], r["side"]) == (recipe, side)] for side in ("ours", *PAIRS[recipe])}
-        for side, rows in sides.items():
+        for side, rows in ((side, rows) for side, rows in sides.items() if rows):
             name = PAIRS[recipe].get(side, side)
             if timed:
                 ratios = [a["step_seconds"] / b["step_seconds"] for a, b in zip(rows, sides["trl"], strict=True)]

@@ -14,6 +14,7 @@ from conftest import in_process
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.config import Config
+from experiments import peers
 from tasks import world
 from tasks.data import chat_ids
 from tasks.jsonl import load_jsonl
@@ -226,6 +227,12 @@ def test_the_costs_are_those_of_the_bench():
         name, *others = row.values()
         for who, shown in zip(("ours", "plain", "liger", "trl"), others, strict=True):
             assert shown == losses.get((name, who), "–"), (name, who)
+
+
+def test_what_is_said_of_trl_is_what_was_measured():
+    for name in ("runs", "time"):
+        rows = json.loads((ROOT / f"experiments/results/peers/{name}.json").read_text())["rows"]
+        assert peers.table(rows, timed=name == "time") in DOCS["cost.md"]
 
 
 def test_the_answers_before_training_are_the_models():
