@@ -79,8 +79,9 @@ def load_models(args: argparse.Namespace, cfg: Config) -> tuple[Loaded, Loaded]:
     device, dtype, _ = choose_device(cfg.device, cfg.dtype)
     lm = load(args.model, device)
     base = load_base(args.base, device, lm) if args.base else lm
+    today = day(cfg.date, args.model)
     for model in (lm, base):
-        model.dtype, model.tokenizer.today = dtype, day(cfg.date, args.model)
+        model.dtype, model.tokenizer.today = dtype, today
     if "max_new_tokens" not in args:
         cfg.max_new_tokens = min(cfg.max_new_tokens, lm.context // 2)
     return lm, base

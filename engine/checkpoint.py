@@ -201,7 +201,7 @@ def restore(run) -> None:
     out, device = Path(run.cfg.out), run.lm.device
     if found := all_checkpoints(out):
         model = run.lm.model
-        state, weights = read_back(found[-1], type(model))
+        state, weights = read_back(found[-1], type(model), model.dtype)
         own, parameters = model.state_dict(), dict(model.named_parameters())
         model.load_state_dict({n: parallel.like(t, own[n]) for n, t in weights.items()}, strict=not state["factors"])
         for n, moments in state["optimizer"].items():
@@ -226,11 +226,11 @@ def restore(run) -> None:
     run.ranks.wait()
 
 
-def read_back(folder: Path, kind: type) -> tuple[dict, dict]:
-    """A checkpoint's state and weights, the model being of this kind. Raises ValueError if it is damaged."""
+def read_back(folder: Path, kind: type, dtype: torch.dtype = torch.float32) -> tuple[dict, dict]:
+    """A checkpoint's state and weights, the model being of this kind and dtype. Raises ValueError if it is damaged."""
     try:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        return state, state["factors"] or kind.from_pretrained(folder, dtype="auto").state_dict()  # as it was saved
+        return state, state["factors"] or kind.from_pretrained(folder, dtype=dtype).state_dict()
     except Exception as error:  # zip, pickle and safetensors: each has its own
         why = (str(error) or type(error).__name__).splitlines()[0]
         fix = "put back a whole copy, or delete that folder, and --resume begins again at step 0"

@@ -16,7 +16,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch.utils.benchmark import Timer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ema import half_life
@@ -86,6 +85,8 @@ def passes_of(cfg: Config) -> dict[str, float]:
 
 def flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     """What a square matrix product reaches here, floating-point operations per second."""
+    from torch.utils.benchmark import Timer  # every run imports this file, and few ask for this
+
     n = 4096 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=dtype)
     timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())  # warms up, and waits for a GPU

@@ -12,7 +12,6 @@ Shapes: B sequences, T completion tokens, V vocabulary, H hidden size, N = unmas
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
-from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +59,7 @@ class PackedReader:
             sequences = [b for _, b in chosen]
             states = read(self.model, [readings[k].prompts[b] for k, b in chosen], ids[sequences], mask[sequences])
             start = 0
-            for k, pairs in groupby(chosen, key=itemgetter(0)):  # the rows of one reading
+            for k, pairs in groupby(chosen, key=lambda row: row[0]):  # the rows of one reading
                 own = [b for _, b in pairs]
                 stop = start + sum(counts[b] for b in own)
                 self._keep(readings[k], states[start:stop], own, kept)

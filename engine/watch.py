@@ -43,7 +43,7 @@ class Watch:
     """Called once a step. `stop` turns true when the user asked for it."""
 
     def __init__(self, run, small: int = 20):
-        self.run, self.stop = run, False
+        self.run, self.stop, self.before = run, False, {}
         families = list(dict.fromkeys(e.task for e in run.task.test))
         self.held_out = [e for f in families for e in [x for x in run.task.test if x.task == f][:small]]
         look = dict(desc=run.cfg.recipe, unit="step", dynamic_ncols=True, disable=bool(run.ranks.rank))
@@ -56,9 +56,8 @@ class Watch:
 
     def __exit__(self, *_):
         self.bar.close()
-        if threading.current_thread() is threading.main_thread():
-            for s, handler in self.before.items():
-                signal.signal(s, handler)
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
 
     def _ask_to_stop(self, number, frame):
         if self.stop:

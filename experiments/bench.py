@@ -50,8 +50,8 @@ from unisd import Tokens, divergence, reliability
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # bf16 operations per second, by the vendor
 PARTS = ("sampling", "scoring", "update")
-NAMES = {r: (r, {}) for r in RECIPES if r not in ("raw", "privileged")}  # name of a row -> recipe, overrides
-NAMES |= {f"unisd-star{name}": ("unisd-star", {"agreement_budget": x}) for name, x in (("", 1.0), (", budget 0.25", 0.25))}
+NAMES = {r: (r, {"agreement_budget": 1.0}) for r in RECIPES if r not in ("raw", "privileged")}  # row -> recipe, overrides
+NAMES["unisd-star, budget 0.25"] = ("unisd-star", {"agreement_budget": 0.25})  # the default
 MODEL = ("sft", "sd", "ema", "contrast", "match", "clip", "agree-token", "unisd-star", "unisd-star, budget 0.25")  # in that section
 
 

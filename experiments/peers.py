@@ -28,7 +28,6 @@ import sys
 import time
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -193,13 +192,13 @@ def main(argv: list[str] | None = None) -> int:
     steps = min(args.steps, 60) if args.time else args.steps
     flags = ["--steps", str(steps), *["--time"] * args.time]
     try:
-        pairs = product(range(args.seeds), args.recipes)
-        for seed, recipe, side in [(*pair, side) for pair in pairs for side in ("ours", *PAIRS[pair[1]])]:
+        todo = [(seed, recipe, side) for seed in range(args.seeds) for recipe in args.recipes for side in ("ours", *PAIRS[recipe])]
+        for seed, recipe, side in todo:
             out = folder / f"{side}-{recipe}-seed{seed}"
             cost = start(side, recipe, seed, flags, out)
             row = {"recipe": recipe, "side": side, "seed": seed, "steps": steps, "threads": cost["threads"]}
             row |= {"step_seconds": statistics.median(cost["seconds"][5:] or cost["seconds"]), "mib": cost["mib"]}
-            found.append(row | ({} if args.time else measured(out)))
+            found.append(row if args.time else row | measured(out))
             print(json.dumps(found[-1]), flush=True)
     except ValueError as error:
         print(f"peers.py: {error}", file=sys.stderr)
@@ -216,8 +215,9 @@ def table(found: list[dict], timed: bool) -> str:
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     interval = lambda rows, key, d: "{:.{d}f} ± {:.{d}f}".format(*spread(r[key] for r in rows), d=d).replace(" ± nan", "")
     for recipe in dict.fromkeys(row["recipe"] for row in found):
-        sides = {side: [r for r in found if (r["recipe"], r["side"]) == (recipe, side)] for side in ("ours", *PAIRS[recipe])}
-        for side, rows in ((side, rows) for side, rows in sides.items() if rows):
+        own = [r for r in found if r["recipe"] == recipe]
+        sides = {side: [r for r in own if r["side"] == side] for side in dict.fromkeys(r["side"] for r in own)}
+        for side, rows in sides.items():
             name = PAIRS[recipe].get(side, side)
             if timed:
                 ratios = [a["step_seconds"] / b["step_seconds"] for a, b in zip(rows, sides["trl"], strict=True)]

@@ -134,7 +134,8 @@ def one_process(argv, rank, size, port):
 
 
 def begin(out, size, *more):
-    """The run's processes, started."""
+    """The run's processes, started; what is there already goes on."""
+    more += ("--resume",) * (out / "settings.json").exists()
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["train", "peft"])
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -177,12 +178,11 @@ def test_killed_at_random_moments(tmp_path, case):
     killed, saving, finished = 0, 0, 0
     out = tmp_path / "0"
     while killed < kills:
-        again = ["--resume"] if (out / "settings.json").exists() else []
-        if again:
+        if (out / "settings.json").exists():
             with (out / "log.jsonl").open("a") as log:
                 log.write('{"step": 6, "lo')  # a line that a kill cut short
         since, step = time.time(), steps_done(out) + dice.randrange(4)
-        run = begin(out, size, *flags, *again)
+        run = begin(out, size, *flags)
         while run[0].is_alive() and not (being_written(out, since) if killed % 2 else steps_done(out) >= step):
             time.sleep(0.001)
         time.sleep(dice.random() * (0.05 if killed % 2 else 0.3))
@@ -197,7 +197,7 @@ def test_killed_at_random_moments(tmp_path, case):
         assert -signal.SIGKILL in codes, (seed, codes)
         killed += 1
         saving += bool(being_written(out, since))
-    assert end(begin(out, size, *flags, *(["--resume"] if (out / "settings.json").exists() else []))) == [0] * size, seed
+    assert end(begin(out, size, *flags)) == [0] * size, seed
     assert_same(out, tmp_path / "straight")
     assert not list(out.glob(".writing*"))
     print(f"{case}: {killed} killed, {saving} of them while a checkpoint was written; {finished + 1} runs compared")
