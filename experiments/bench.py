@@ -14,6 +14,7 @@ Depends on train.py and most other files; nothing depends on it.   Try it:  pyth
 """
 
 import argparse
+import gc
 import io
 import json
 import platform
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
@@ -264,9 +265,13 @@ def shaped_run(name: str, device: torch.device) -> Run:
     return run
 
 
-def bench_model(device: torch.device, recipes: Iterable[str] = MODEL, repeats: int = 5) -> list[dict]:
+def bench_model(device: torch.device, recipes: Iterable[str] = MODEL, repeats: int = 5) -> Iterator[dict]:
     """A model of a real shape under some of NAMES, one after the other: each needs the whole memory."""
-    return beside_sft([row for name in recipes for row in step_rows({name: shaped_run(name, device)}, repeats)])
+    rows: list[dict] = []
+    for name in recipes:
+        gc.collect()  # the last run and its graph
+        rows += step_rows({name: shaped_run(name, device)}, repeats)
+        yield beside_sft(rows)[-1]
 
 
 SECTIONS = {  # name -> rows of its table, from the device and the command line
@@ -312,10 +317,12 @@ def main(argv: list[str] | None = None) -> int:
     found: dict = {"where": where | {"transformers": transformers.__version__, "repeats": args.repeats}}
     for name in args.sections:
         begun = time.perf_counter()
-        found[name] = SECTIONS[name](device, args)
+        found[name] = []
+        for row in SECTIONS[name](device, args):
+            found[name].append(row)
+            if args.json:  # after every row: a run that is cut off has measured something
+                args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(f"\n### {name} ({time.perf_counter() - begun:.0f} s)\n\n{markdown(found[name])}")
-        if args.json:
-            args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

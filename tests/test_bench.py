@@ -83,7 +83,7 @@ def test_a_model_of_a_real_shape_is_measured_under_the_recipes_that_were_asked_f
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "shaped_run", shaped)
-        rows = bench_model(CPU, ["sd", "unisd-star, budget 0.25"], repeats=1)
+        rows = list(bench_model(CPU, ["sd", "unisd-star, budget 0.25"], repeats=1))
     assert [row["recipe"] for row in rows] == ["sd", "unisd-star, budget 0.25"]
     for row in rows:
         assert row["time / sft"] == "–" and row["ms"] > 0  # no sft to compare with
