@@ -85,7 +85,7 @@ def place(cfg: Config) -> tuple[torch.device, Alone]:
         name = f"cuda:{os.environ['LOCAL_RANK']}"  # each process its own
     device, cfg.dtype, reason = choose_device(name, cfg.dtype)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)  # plain "cuda" has no index and would be refused
     ranks = parallel.ranks()
     print(f"{reason} | torch {torch.__version__} | seed {cfg.seed}" + (f" | {ranks.size} processes" * (ranks.size > 1)))
     if cfg.batch % ranks.size:

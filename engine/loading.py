@@ -67,7 +67,6 @@ class Loaded:
     adapter: nn.Module | None = None  # peft's wrapper around `model` where LoRA factors are trained
     dtype: str = "fp32"  # matmul precision, "fp32", "bf16" or "fp16"; the weights themselves stay what they are
     sample_batch: int = 256  # prompts answered together
-    hashed: tuple = ()  # metrics.fingerprint's memory
     ranks: Alone = ALONE  # the processes that share the answering
 
     def autocast(self):

@@ -47,12 +47,12 @@ if asked a; then
 fi
 resume="--recipe sd --steps 20 --save-every 2 --eval-size 2"
 if asked d; then
-    part 60 d-fp16 bash -c "job --recipe sd --dtype fp16 --steps 60 --eval-size 20 --out '$out/d-fp16'" &
-    part 60 d-straight bash -c "job $resume --out '$out/d-straight'" &
+    part 100 d-fp16 bash -c "job --recipe sd --dtype fp16 --steps 60 --eval-size 20 --out '$out/d-fp16'" &
+    part 100 d-straight bash -c "job $resume --out '$out/d-straight'" &
     {
-        part 60 d-killed bash -c "(job $resume --out '$out/d-killed') & pid=\$!
+        part 100 d-killed bash -c "(job $resume --out '$out/d-killed') & pid=\$!
             until [ -e '$out/d-killed/checkpoint-2' ] || ! kill -0 \$pid; do sleep .1; done; kill -9 \$pid; wait \$pid"
-        part 60 d-resumed bash -c "job $resume --out '$out/d-killed' --resume"
+        part 100 d-resumed bash -c "job $resume --out '$out/d-killed' --resume"
     } &
 fi
 [ -z "$(jobs -p)" ] || wait $(jobs -p)  # not for tee
