@@ -10,7 +10,8 @@ Three sizes, each a multiple of the next (`tokens_per_chunk`):
     side    tokens whose logits the teacher's head makes, side by side with the student's; no gradient, so fewer are kept
     piece   tokens for which the formula is evaluated: it makes a dozen tensors of (piece, V), so this is the small one
 For V = 151,936 they are 256, 128 and 8 tokens: 155 MB of the student's logits, 78 MB of the teacher's, 5 MB a tensor inside the
-formula. For the tiny model's V = 776 they are 51,520, 25,760 and 1,610: a whole step (600 tokens) is a single piece.
+formula. For the tiny model's V = 776 they are 51,520, 25,760 and 1,610: a whole step (600 tokens) is a single piece. On CUDA
+they are 512, 256 and 128: a piece of 8 gives a large card so little to do that it waits for Python (docs/cost.md has the times).
 
 Depends on torch, losses.py, unisd.py.   Try it:  python -m pytest tests/test_unisd.py -q
 Shapes: V vocabulary, H hidden size; N the unmasked tokens of all sequences, end to end; n any piece of them.
@@ -107,23 +108,24 @@ def chunks(n: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, n)) for i in range(0, max(n, 1), size)]
 
 
-def tokens_per_chunk(chunk: int, vocab: int) -> tuple[int, int, int]:
+def tokens_per_chunk(chunk: int, vocab: int, cuda: bool = False) -> tuple[int, int, int]:
     """-> (chunk, side, piece), see the top of the file. `chunk` 0 chooses by the vocabulary, else all three are `chunk`.
 
     A matrix product wants many tokens: it reads the whole head for each chunk, and the student's gradient of the head is
-    written once a chunk. A formula wants few. By the vocabulary: about 40 million logits (160 MB in fp32), half, a 32nd.
+    written once a chunk. A formula wants few, on a CPU; on a GPU enough to hide what starting an operation costs. By the
+    vocabulary: about 40 million logits (160 MB in fp32), half, a 32nd; on CUDA about 80 million, half, a quarter.
     """
     if chunk:
         return chunk, chunk, chunk
-    piece = max(1, 1_250_000 // vocab)
-    return 32 * piece, 16 * piece, piece
+    few = max(1, 1_250_000 // vocab)
+    return (64 * few, 32 * few, 16 * few) if cuda else (32 * few, 16 * few, few)
 
 
 @torch.no_grad()
 def each_token(states: Tensor, head: Head, temperature: float, chunk: int, measure: Callable) -> Tensor:
     """measure(log-probs (n, V), which of the N tokens) -> (n,), a chunk at a time, without gradient. (N, H) -> (N,)"""
     head, found = head.ready(states), []
-    size, _, piece = tokens_per_chunk(chunk, head.vocab)
+    size, _, piece = tokens_per_chunk(chunk, head.vocab, states.is_cuda)
     for block in chunks(len(states), size):
         logits = head.logits(states[block])
         for part in chunks(len(logits), piece):
@@ -191,7 +193,7 @@ class _ThroughHead(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if need_weight else None
         grad_bias = torch.zeros_like(bias) if need_bias else None
         total, kept = 0.0, []
-        size, side, piece = tokens_per_chunk(chunk, head.vocab)
+        size, side, piece = tokens_per_chunk(chunk, head.vocab, states.is_cuda)
         with torch.autocast(states.device.type, enabled=False):
             for block in chunks(len(states), size):
                 h = states[block].to(w.dtype)

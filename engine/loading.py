@@ -25,8 +25,8 @@ from tasks.data import chat_ids, opened_tag, render
 def choose_device(device: str, dtype: str) -> tuple[torch.device, str, str]:
     """Device and matmul precision, once. -> (device, "fp32", "bf16" or "fp16", one line with the reasons).
 
-    auto takes a CUDA device where there is one, and else the CPU. Apple's GPU (mps) must be asked for, and fp16 is chosen
-    only for a CUDA card without bf16 (a T4): neither has been measured.
+    auto takes a CUDA device where there is one, and else the CPU. fp16 is chosen only for a CUDA card without bf16 (a T4).
+    Apple's GPU (mps) must be asked for: it has not been measured.
     Raises ValueError if the device that was asked for is not there.
     """
     device_reason = dtype_reason = "given"
@@ -50,7 +50,6 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, str, str]:
             dtype, dtype_reason = "bf16", "weights stay fp32"
         elif target.type == "cuda" and torch.cuda.get_device_capability(target) >= (7, 0):  # fp16 tensor cores
             dtype, dtype_reason = "fp16", "weights stay fp32; this card has no bf16"
-    dtype_reason += "; not measured" * (dtype == "fp16")
     device_reason += "; not measured" * (target.type == "mps")
     return target, dtype, f"device {target} ({hardware}: {device_reason}) | matmul {dtype} ({dtype_reason})"
 

@@ -116,7 +116,7 @@ def describe(cfg: Config) -> str:
     size = size_of(cfg.model)
     if size is None:
         return "\n".join([*lines, "memory and time: unknown until the model is downloaded (give a folder or a short name)"])
-    parameters, needed = size[0], memory(cfg, *size, bf16=dtype != "fp32", processes=parallel.size())
+    parameters, needed = size[0], memory(cfg, *size, dtype != "fp32", parallel.size(), device.type == "cuda")
     lines.append(f"memory: about {needed / 2**30:.1f} GiB, of {parameters / 1e6:.0f} M parameters")
     speed = flops_per_second(device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32))
     prompt, answer = min(cfg.max_prompt_tokens, prompt), cfg.max_new_tokens / 4
@@ -136,7 +136,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / size:.1f} {unit}"
 
 
-def memory(cfg: Config, parameters: float, layers: int, hidden: int, vocab: int, bf16: bool = False, processes: int = 1) -> float:
+def memory(cfg: Config, parameters: float, layers: int, hidden: int, vocab: int, bf16=False, processes=1, cuda=False) -> float:
     """Bytes on the device at the peak of the update, roughly: the formula at the top of the file."""
     # LoRA on the seven projections of a layer: about rank * 2 * (4 H + 3 * 3 H) parameters.
     trained = layers * cfg.lora_rank * 26 * hidden if cfg.lora_rank else parameters
@@ -145,7 +145,7 @@ def memory(cfg: Config, parameters: float, layers: int, hidden: int, vocab: int,
     # Bytes kept per token, layer and hidden unit for the backward; under autocast some stay fp32.
     kept = 4 if cfg.grad_checkpointing else 68 if bf16 else 96
     answers = cfg.micro_batch * cfg.max_new_tokens
-    chunk, side, piece = (min(n, answers) for n in tokens_per_chunk(cfg.chunk, vocab))
+    chunk, side, piece = (min(n, answers) for n in tokens_per_chunk(cfg.chunk, vocab, cuda))
     inside = 4 if not cfg.uses_teacher else 12 if cfg.divergence == "jsd" else 6  # tensors of (piece, V)
     head = 4 * vocab * (chunk + cfg.uses_teacher * side + inside * piece)
     held = (2 if bf16 and cfg.lora_rank else 4) * parameters + (12 + 4 * averages) * trained

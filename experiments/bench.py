@@ -53,7 +53,7 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # bf16 
 PARTS = ("sampling", "scoring", "update")
 NAMES = {r: (r, {"agreement_budget": 1.0}) for r in RECIPES if r not in ("raw", "privileged")}  # row -> recipe, overrides
 NAMES["unisd-star, budget 0.25"] = ("unisd-star", {"agreement_budget": 0.25})  # the default
-MODEL = ("sft", "sd", "ema", "contrast", "match", "clip", "agree-token", "unisd-star", "unisd-star, budget 0.25")  # in that section
+MODEL = ("sft", "sd", "unisd-star, budget 0.25", "unisd-star", "agree-token", "match", "ema", "contrast", "clip")  # in that section
 
 
 # --- instruments -------------------------------------------------------------------------------------------------------

@@ -43,16 +43,16 @@ print(json.dumps(dict(device=name, torch=torch.__version__, transformers=transfo
     tee "$out/where.json"
 
 if asked a; then
-    for dtype in bf16 fp32; do part 100 "a-$dtype" bash -c "job --dtype $dtype --out '$out/a-$dtype'" & done
+    for dtype in bf16 fp32; do part 130 "a-$dtype" bash -c "job --dtype $dtype --out '$out/a-$dtype'" & done
 fi
 resume="--recipe sd --steps 20 --save-every 2 --eval-size 2"
 if asked d; then
-    part 100 d-fp16 bash -c "job --recipe sd --dtype fp16 --steps 60 --eval-size 20 --out '$out/d-fp16'" &
-    part 100 d-straight bash -c "job $resume --out '$out/d-straight'" &
+    part 130 d-fp16 bash -c "job --recipe sd --dtype fp16 --steps 60 --eval-size 20 --out '$out/d-fp16'" &
+    part 130 d-straight bash -c "job $resume --out '$out/d-straight'" &
     {
-        part 100 d-killed bash -c "(job $resume --out '$out/d-killed') & pid=\$!
+        part 130 d-killed bash -c "(job $resume --out '$out/d-killed') & pid=\$!
             until [ -e '$out/d-killed/checkpoint-2' ] || ! kill -0 \$pid; do sleep .1; done; kill -9 \$pid; wait \$pid"
-        part 100 d-resumed bash -c "job $resume --out '$out/d-killed' --resume"
+        part 130 d-resumed bash -c "job $resume --out '$out/d-killed' --resume"
     } &
 fi
 [ -z "$(jobs -p)" ] || wait $(jobs -p)  # not for tee
@@ -65,8 +65,8 @@ straight, resumed = rows("d-straight"), rows("d-killed")
 print(json.dumps(dict(steps=len(resumed), bit_for_bit=straight == resumed)))
 PY
 bench="python -m experiments.bench --device $device --repeats"
-asked b && part 160 b-model $bench 1 --sections model --json "$out/b-model.json"
+asked b && part 110 b-model $bench 1 --sections model --json "$out/b-model.json"
 asked b && part 40 b-loss $bench 3 --sections loss --json "$out/b-loss.json" ${small:+--tokens 8 --vocab 1200}
 real="python -m experiments.study --world real --settings bfcl --recipes sd unisd-star --seeds 1 --jobs 2 --out $out/c"
-asked c && part 180 c-bfcl $real --train --device "$device" $cut
+asked c && part 220 c-bfcl $real --train --device "$device" $cut
 rm -rf "$out"/[ad]-*/*.safetensors "$out"/[ad]-*/checkpoint-* "$out"/c/runs/*/*/*.safetensors "$out/site"  # kept are numbers

@@ -118,6 +118,11 @@ def test_answers_are_cached_for_these_weights_and_settings_only(tmp_path, monkey
         lm.model.model.norm.weight[0] += 1e-3  # the next checkpoint of the same run
     metrics.answers(lm, prompts, 20, tmp_path)
     assert len(calls) == 3
+    version = lm.model.model.norm.weight._version
+    lm.model.model.norm.weight.data[0] += 1e-3  # a write that torch does not count, as those of the fused AdamW on CUDA
+    assert lm.model.model.norm.weight._version == version
+    metrics.answers(lm, prompts, 20, tmp_path)
+    assert len(calls) == 4
 
 
 def test_answers_that_cannot_be_kept_are_answers_all_the_same(tmp_path, monkeypatch, tiny):

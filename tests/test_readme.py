@@ -221,12 +221,43 @@ def test_the_costs_are_those_of_the_bench():
     busy = {row["recipe"]: " and ".join(f"{x:.1f}" for x in row["time / sft-worked"]) for row in bench["equal answers"]["rows"]}
     said = DOCS["cost.md"].split("With equal answers.")[1].split("\n- ")[0]
     assert all(f" {busy[name]}" in said for name in ("sd", "unisd-star", "unisd-star, budget 0.25"))
-    losses = {(row["loss"], row["who"]): f"{row['units']:.2f} / {row['time / plain']:.2f}" for row in bench["loss"]}
-    (table,) = [t for t in tables(DOCS["cost.md"]) if "ours" in t[0]]
+    on_cpu, on_gpu = [t for t in tables(DOCS["cost.md"]) if "ours" in t[0]]
+    gpu = json.loads((ROOT / "experiments/results/gpu-h100.json").read_text())
+    losses = lambda rows: {(row["loss"], row["who"]): f"{row['units']:.2f} / {row['time / plain']:.2f}" for row in rows}
+    found, as_cpu = losses(gpu["loss"]), losses(gpu["loss, sizes of a CPU"])
+    found |= {(loss, "as on a CPU"): as_cpu[loss, who] for loss, who in as_cpu if who == "ours"}
+    for table, truth, columns in (
+        (on_cpu, losses(bench["loss"]), ("ours", "plain", "liger", "trl")),
+        (on_gpu, found, ("ours", "as on a CPU", "plain", "liger")),
+    ):
+        for row in table:
+            name, *others = row.values()
+            for who, shown in zip(columns, others, strict=True):
+                assert shown == truth.get((name, who), "–"), (name, who)
+
+
+def test_the_gpus_numbers_are_those_of_its_run():
+    gpu = json.loads((ROOT / "experiments/results/gpu-h100.json").read_text())
+    (table,) = [t for t in tables(DOCS["gpu.md"]) if "peak GiB" in t[0]]
+    names = {"unisd-star, all contexts": "unisd-star", "unisd-star (budget .25)": "unisd-star, budget 0.25"}
+    steps = {row["recipe"]: row for row in gpu["model"]}
+    assert len(table) == len(steps) == 6
     for row in table:
-        name, *others = row.values()
-        for who, shown in zip(("ours", "plain", "liger", "trl"), others, strict=True):
-            assert shown == losses.get((name, who), "–"), (name, who)
+        truth = steps[names.get(row["recipe"], row["recipe"])]
+        assert row["seconds"] == f"{truth['ms'] / 1000:.{1 + (truth['ms'] < 1000)}f}" and row["peak GiB"] == str(truth["peak GiB"])
+        for part in ("sampling", "scoring", "update"):
+            assert row[part] == f"{truth[part + ' %']} %" or (row[part] == "–" and truth[part + " %"] == 0)
+    (table,) = [t for t in tables(DOCS["cost.md"]) if "chunk, side, piece" in t[0]]
+    sizes = {str(row["sizes"]).strip("[]") + row["loss"]: f"{1000 * row['seconds']:.0f} / {row['MB']}" for row in gpu["sizes, bf16"]}
+    known = {"256, 128, 8 (a CPU's)": "256, 128, 8", "all 1,024": "1024, 1024, 1024", "plain formula": "plain"}
+    for name, *cells in (row.values() for row in table):
+        cases = ("forward", "jsd", "forward, K = 3")
+        assert cells == [sizes[known.get(name, name.strip("*")) + loss] for loss in cases], name
+    job, said = gpu["default_job"]["fp32"], DOCS["gpu.md"]
+    assert f"{job['before']} → {job['after']['accuracy']} (ceiling {job['ceiling']};" in said and gpu["resume"]["bit_for_bit"]
+    assert f"({job['before']} → {job['after']['accuracy']})" in README
+    calls = gpu["bfcl"]["sd"]
+    assert f"{calls['before']:.1f} → {calls['after']['accuracy']:.1f} on held-out calls, ceiling {calls['ceiling']:.1f}" in said
 
 
 def test_what_is_said_of_trl_is_what_was_measured():
@@ -263,7 +294,8 @@ def tokenizer_input(tokenizer, question):
 def test_the_transcript_of_the_real_model_is_that_of_the_published_run():
     """Its numbers are those of experiments/results/real; answers.jsonl of that run lies beside them."""
     folder = ROOT / "experiments" / "results" / "real"
-    run = {row["row"]: row for row in json.loads((folder / "cells.json").read_text(encoding="utf-8")) if row["seed"] == 0}
+    cells = json.loads((folder / "cells.json").read_text(encoding="utf-8"))
+    run = {row["row"]: row for row in cells if row["seed"] == 0 and row["setting"] == "sums"}
     answers = said_by(folder, "sd")
     told = re.search(r"alone (\d+) of 100 right, with the reference (\d+); after 40 steps of `sd`\s+(\d+)\.", README)
     assert [int(x) for x in told.groups()] == [run["raw"]["accuracy"], run["raw"]["ceiling"], run["sd"]["accuracy"]]
@@ -286,6 +318,12 @@ def test_the_transcript_of_the_real_model_is_that_of_the_published_run():
     habit = sum(r["after"].startswith("A correct solution is:") for r in said_by(folder, "ema-98"))
     assert f"{habit} of its 100 answers" in DOCS["results.md"]
     assert not any(r["after"].startswith("A correct") for r in said_by(folder, "sd"))
+    calls, (cell,) = said_by(folder, "bfcl-sd"), [row for row in cells if row["setting"] == "bfcl"]
+    calls = [row for row in calls if "with_reference" in row]  # the others are out of distribution
+    habit = {part: sum(row[part].strip().startswith("A correct solution is:") for row in calls) for part in ("with_reference", "after")}
+    told = "after training {after}, with the reference {with_reference} of 100 answers"
+    assert len(calls) == 100 and told.format(**habit) in DOCS["results.md"]
+    assert f"{cell['before']:.1f} → {cell['accuracy']:.1f}, ceiling {cell['ceiling']:.1f}" in DOCS["results.md"]
 
 
 def said_by(folder, name):

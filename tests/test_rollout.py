@@ -11,7 +11,8 @@ from conftest import ROWS, VOCAB, small_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine import loading, rollout
+from engine import build, loading, rollout
+from engine.config import Config
 from engine.head import head_of, sampled_logps
 from engine.loading import Loaded, end_ids, load
 from engine.pretrained import TINY
@@ -249,7 +250,7 @@ def test_scores_do_not_depend_on_the_padding_of_the_sampler(tiny):
 
 @pytest.mark.parametrize(
     ("card", "bf16", "dtype", "told"),
-    [((8, 0), True, "bf16", "weights stay fp32"), ((7, 5), False, "fp16", "not measured"), ((6, 1), False, "fp32", "")],
+    [((8, 0), True, "bf16", "weights stay fp32"), ((7, 5), False, "fp16", "no bf16"), ((6, 1), False, "fp32", "")],
 )
 def test_the_precision_follows_the_card(monkeypatch, card, bf16, dtype, told):
     """A T4 (7.5) has no bf16 but fast fp16; an older card has neither."""
@@ -261,6 +262,20 @@ def test_the_precision_follows_the_card(monkeypatch, card, bf16, dtype, told):
     monkeypatch.setattr(cuda, "get_device_capability", lambda place: card)
     device, chosen, line = loading.choose_device("auto", "auto")
     assert (device.type, chosen) == ("cuda", dtype) and told in line.split("|")[1]
+
+
+def test_plain_cuda_is_the_first_card(monkeypatch):
+    """torch's set_device refuses a device without an index, here as there."""
+    from torch.cuda._utils import _get_device_index
+
+    taken, cuda = [], torch.cuda
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(cuda, "get_device_name", lambda place: "a card")
+    monkeypatch.setattr(cuda, "set_device", lambda place: taken.append(_get_device_index(place)))
+    for name in ("cuda", "cuda:1"):
+        build.place(Config(device=name, dtype="fp32"))
+    assert taken == [0, 1]
 
 
 def test_apples_gpu_is_taken_only_if_asked_for_and_there(monkeypatch):
@@ -284,8 +299,6 @@ def test_matmuls_run_in_the_chosen_precision_on_fp32_weights(tiny, dtype):
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     with torch.no_grad(), lm.autocast():
         assert torch.nn.functional.linear(torch.ones(2, 4), torch.ones(3, 4)).dtype == kind
-    assert "not measured" not in loading.choose_device("cpu", "fp32")[2]
-    assert ("not measured" in loading.choose_device("cpu", dtype)[2]) == (dtype == "fp16")
     ids, mask = generate(lm, [chat_ids(lm.tokenizer, "47+38")], 30, 0.0)
     assert decode(lm, ids, mask)[0].split() and next(lm.model.parameters()).dtype == torch.float32
 

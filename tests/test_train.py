@@ -236,14 +236,17 @@ def scale_of(monkeypatch, first):
 
 def test_fp16_trains_like_fp32(tmp_path):
     """On the same answers, the references: samples could differ after a rounding."""
-    rows = {}
+    # 1 %, or what this CPU's fp16 product loses, 25 times: some add up in fp16 (a CPU with fp16 units was 1.5 % off).
+    a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+    rounding, rows = ((a.half() @ b.half()).float() - a @ b).norm() / (a @ b).norm(), {}
+    off = max(0.01, 25 * rounding.item())
     for dtype in ("fp32", "fp16"):
         run, rows[dtype] = steps_of(tmp_path / dtype, "sd", on_policy=0.0, dtype=dtype, **FEW)
         assert run.scaler.is_enabled() == (dtype == "fp16") and run.loss_scale() == (65536.0 if dtype == "fp16" else 1.0)
         assert all(p.dtype == torch.float32 for p in run.lm.model.parameters())
     for a, b in zip(rows["fp32"], rows["fp16"], strict=True):
-        assert math.isfinite(b["loss"]) and b["loss"] == pytest.approx(a["loss"], rel=0.01)
-        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=0.02)  # measured before the limit, after the scale is off
+        assert math.isfinite(b["loss"]) and b["loss"] == pytest.approx(a["loss"], rel=off)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2 * off)  # measured before the limit, after the scale is off
 
 
 @pytest.mark.slow

@@ -454,7 +454,7 @@ def test_several_chunks_of_several_pieces_are_the_objective_on_whole_tensors(mon
     """As with a real vocabulary, where a chunk has two teacher blocks and 32 pieces: whatever the three sizes, each token meets
     its own teacher, share and id. N = 29 leaves the last chunk, block and piece incomplete.
     """
-    monkeypatch.setattr(head_file, "tokens_per_chunk", lambda chunk, vocab: sizes)
+    monkeypatch.setattr(head_file, "tokens_per_chunk", lambda *_: sizes)
     student, teacher, (weight, teacher_weight), tokens = uneven(29)
     m = replace(EVERYTHING, divergence=divergence)
     student.requires_grad_(), weight.requires_grad_()
@@ -472,9 +472,18 @@ def test_several_chunks_of_several_pieces_are_the_objective_on_whole_tensors(mon
     assert len(set(values["div"].tolist())) == 29
 
 
+def test_pieces_are_small_on_a_cpu_and_large_on_a_gpu():
+    assert head_file.tokens_per_chunk(0, 151_936) == (256, 128, 8) and head_file.tokens_per_chunk(0, 776) == (51_520, 25_760, 1_610)
+    assert head_file.tokens_per_chunk(0, 151_936, cuda=True) == (512, 256, 128)
+    assert head_file.tokens_per_chunk(7, 151_936, cuda=True) == (7, 7, 7)
+    for vocab, cuda in ((100, True), (49_152, False), (3_000_000, True)):  # several whole pieces a side, two sides a chunk
+        chunk, side, piece = head_file.tokens_per_chunk(0, vocab, cuda)
+        assert chunk == 2 * side and side % piece == 0 and piece >= 1
+
+
 @pytest.mark.parametrize("sizes", [(8, 4, 2), (6, 6, 3), (32, 16, 4)])
 def test_each_token_is_measured_as_itself(monkeypatch, sizes):
-    monkeypatch.setattr(head_file, "tokens_per_chunk", lambda chunk, vocab: sizes)
+    monkeypatch.setattr(head_file, "tokens_per_chunk", lambda *_: sizes)
     states, _, (weight, _), tokens = uneven(29)
     found = each_token(states, Head(weight, 11), 0.7, 0, lambda logps, which: losses.token_logps(logps, tokens.ids[which]))
     assert_close(found, losses.token_logps((states @ weight[:11].T / 0.7).log_softmax(-1), tokens.ids), **EXACT)
