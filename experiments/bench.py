@@ -269,7 +269,7 @@ def bench_model(device: torch.device, recipes: Iterable[str] = MODEL, repeats: i
     """A model of a real shape under some of NAMES, one after the other: each needs the whole memory."""
     rows: list[dict] = []
     for name in recipes:
-        gc.collect()  # the last run and its graph
+        gc.collect()  # the last run
         rows += step_rows({name: shaped_run(name, device)}, repeats)
         yield beside_sft(rows)[-1]
 
@@ -279,15 +279,6 @@ SECTIONS = {  # name -> rows of its table, from the device and the command line
     "steps": lambda device, args: bench_steps(device, args.repeats),
     "model": lambda device, args: bench_model(device, repeats=args.repeats),
 }
-
-FLAGS = (  # name, default, help
-    ("--json", "", "where the numbers go, with the device's name ('' = only the screen)"),
-    ("--device", "auto", "auto, cpu, cuda, cuda:1, mps"),
-    ("--threads", 0, "CPU threads (0 = torch's choice)"),
-    ("--repeats", 5, "measurements per median, after one warm-up"),
-    ("--tokens", 512, "loss: N"),
-    ("--vocab", 151_936, "loss: V"),
-)
 
 
 def markdown(rows: list[dict]) -> str:
@@ -300,9 +291,14 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print tables, and write them to a file."""
     any_console()
     parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to measure")
-    for flag, default, text in FLAGS:
-        parser.add_argument(flag, type=type(default), default=default, help=text)
+    add = parser.add_argument
+    add("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to measure")
+    add("--json", default="", help="where the numbers go, with the device's name ('' = only the screen)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--threads", type=int, default=0, help="CPU threads (0 = torch's choice)")
+    add("--repeats", type=int, default=5, help="measurements per median, after one warm-up")
+    add("--tokens", type=int, default=512, help="loss: N")
+    add("--vocab", type=int, default=151_936, help="loss: V")
     args = parser.parse_args(argv)
     try:
         if args.json:
@@ -316,8 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     where = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
     found: dict = {"where": where | {"transformers": transformers.__version__, "repeats": args.repeats}}
     for name in args.sections:
-        begun = time.perf_counter()
-        found[name] = []
+        found[name], begun = [], time.perf_counter()
         for row in SECTIONS[name](device, args):
             found[name].append(row)
             if args.json:  # after every row: a run that is cut off has measured something

@@ -248,7 +248,8 @@ def test_the_gpus_numbers_are_those_of_its_run():
         for part in ("sampling", "scoring", "update"):
             assert row[part] == f"{truth[part + ' %']} %" or (row[part] == "–" and truth[part + " %"] == 0)
     (table,) = [t for t in tables(DOCS["cost.md"]) if "chunk, side, piece" in t[0]]
-    sizes = {str(row["sizes"]).strip("[]") + row["loss"]: f"{1000 * row['seconds']:.0f} / {row['MB']}" for row in gpu["sizes, bf16"]}
+    entry = lambda row: f"{1000 * row['seconds']:.0f} / {row['MB']}"
+    sizes = {str(row["sizes"]).strip("[]") + row["loss"]: entry(row) for row in gpu["sizes, bf16"]}
     known = {"256, 128, 8 (a CPU's)": "256, 128, 8", "all 1,024": "1024, 1024, 1024", "plain formula": "plain"}
     for name, *cells in (row.values() for row in table):
         cases = ("forward", "jsd", "forward, K = 3")
@@ -320,7 +321,8 @@ def test_the_transcript_of_the_real_model_is_that_of_the_published_run():
     assert not any(r["after"].startswith("A correct") for r in said_by(folder, "sd"))
     calls, (cell,) = said_by(folder, "bfcl-sd"), [row for row in cells if row["setting"] == "bfcl"]
     calls = [row for row in calls if "with_reference" in row]  # the others are out of distribution
-    habit = {part: sum(row[part].strip().startswith("A correct solution is:") for row in calls) for part in ("with_reference", "after")}
+    opens = lambda part: sum(row[part].strip().startswith("A correct solution is:") for row in calls)
+    habit = {part: opens(part) for part in ("with_reference", "after")}
     told = "after training {after}, with the reference {with_reference} of 100 answers"
     assert len(calls) == 100 and told.format(**habit) in DOCS["results.md"]
     assert f"{cell['before']:.1f} → {cell['accuracy']:.1f}, ceiling {cell['ceiling']:.1f}" in DOCS["results.md"]
