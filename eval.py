@@ -40,6 +40,7 @@ def one_model(lm: Loaded, task: Task, limit: int, cache: Path) -> dict:
     found["with_reference"] = metrics.measure(lm, task, task.test, True, limit, cache)
     if task.ood:
         found["ood"] = metrics.measure(lm, task, task.ood, False, limit, cache)
+        found["ood_with_reference"] = metrics.measure(lm, task, task.ood, True, limit, cache)
     prompts = metrics.prompts_for(lm, task, task.test, False, limit)
     found["entropy"] = metrics.mean_entropy(lm, prompts, *metrics.answers(lm, prompts, limit, cache))
     found["gold_ppl"] = metrics.gold_ppl(lm, task, task.test)
@@ -70,9 +71,9 @@ def evaluate(model: Loaded, base: Loaded | None, task: Task, limit: int, cache: 
 def answers_of(report: dict, task: Task) -> list[dict]:
     """The rows of answers.jsonl; the texts leave the report, where nobody would look for them."""
     rows = []
-    for examples, parts in ((task.test, ("alone", "with_reference")), (task.ood, ("ood",))):
+    for examples, parts in ((task.test, ("alone", "with_reference")), (task.ood, ("ood", "ood_with_reference"))):
         found = {(who, part): report[who][part] for who in ("base", "model") for part in parts if part in report.get(who, {})}
-        columns = {who + "_with_reference" * (part == "with_reference"): dict(x) for (who, part), x in found.items()}
+        columns = {who + "_with_reference" * part.endswith("with_reference"): dict(x) for (who, part), x in found.items()}
         rows += metrics.answer_rows(examples if found else [], columns)
         for measured in found.values():
             del measured["texts"]
@@ -88,7 +89,8 @@ def one_task(report: dict) -> str:
     text = f"{report['task']}, {report['n']} questions\n\n{metrics.table(columns)}"
     if "ood" in m:
         both = {"base": report["base"]["ood"]} if "base" in report else {}
-        text += f"\n\nout of distribution\n\n{metrics.table({**both, 'alone': m['ood']})}"
+        both |= {"alone": m["ood"], "with reference": m["ood_with_reference"]}
+        text += f"\n\nout of distribution\n\n{metrics.table(both)}"
     text += (
         f"\n\nlength {m['alone']['length']:.1f} tokens | ended by itself {m['alone']['eos']:.0f} % | abstained "
         f"{m['alone']['abstained']:.0f} % | entropy {m['entropy']:.3f} nats | gold PPL {m['gold_ppl']:.3f}"

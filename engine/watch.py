@@ -178,7 +178,7 @@ def kept_answers(run, out: Path) -> Path | None:
 
 
 def before_training(run, out: Path) -> dict:
-    """Held-out accuracy of the untouched model: alone, with the reference (the ceiling), and out of distribution."""
+    """Held-out accuracy of the untouched model: alone and with the reference (the ceiling), in and out of distribution."""
     known = out / "before.json"  # a resumed run has been there already
     if run.cfg.resume and known.exists():
         return json.loads(known.read_text())
@@ -188,6 +188,7 @@ def before_training(run, out: Path) -> dict:
         "alone": metrics.measure(lm, task, task.test, False, size, kept_answers(run, out)),
         "ceiling": metrics.measure(lm, task, task.test, True, size),
         "ood": metrics.measure(lm, task, task.ood, False, size) if task.ood else {},
+        "ood_ceiling": metrics.measure(lm, task, task.ood, True, size) if task.ood else {},
     }
     checkpoint.write_json(known, found)
     alone, shown = found["alone"]["accuracy"], found["ceiling"]["accuracy"]
@@ -203,7 +204,7 @@ def after_training(run, out: Path, before: dict, begun: float) -> dict:
     cfg, lm, task = run.cfg, run.lm, run.task
     alone, ood, base = before["alone"], before["ood"], lm
     if cfg.privileged:
-        alone = before["ceiling"]
+        alone, ood = before["ceiling"], before["ood_ceiling"]
     if cfg.steps:
         print("measuring again, and the drift from the base ...")
         alone = metrics.measure(lm, task, task.test, cfg.privileged, cfg.max_new_tokens, kept_answers(run, out))
@@ -222,7 +223,8 @@ def after_training(run, out: Path, before: dict, begun: float) -> dict:
     seconds = round(time.perf_counter() - begun, 1)
     summary = {"model": lm.name, "recipe": cfg.recipe, "seed": cfg.seed, "steps": run.step, "seconds": seconds}
     summary |= {"before": pick(before["alone"]), "after": pick(alone) | moved, "ceiling": pick(before["ceiling"])}
-    summary |= {"ood": {"before": pick(before["ood"]), "after": pick(ood)}, "data": task.fingerprint()}
+    outside = {"before": pick(before["ood"]), "after": pick(ood), "ceiling": pick(before["ood_ceiling"])}
+    summary |= {"ood": outside, "data": task.fingerprint()}
     if not run.ranks.rank:
         rows = metrics.answer_rows(task.test, {"before": before["alone"], "after": alone, "with_reference": before["ceiling"]})
         rows += metrics.answer_rows(task.ood, {"before": before["ood"], "after": ood}) if ood else []
@@ -230,9 +232,11 @@ def after_training(run, out: Path, before: dict, begun: float) -> dict:
             metrics.write_rows(out / "answers.jsonl", rows)
         checkpoint.write_json(out / "summary.json", summary)  # with it a run counts as finished
         checkpoint.clear(out)
-    print("\n" + metrics.table({"before": before["alone"], "after": alone, "ceiling (base with reference)": before["ceiling"]}))
-    if ood:
-        print("\nout of distribution\n" + metrics.table({"before": before["ood"], "after": ood}))
+    for found, head, side in [(alone, "", ("alone", "ceiling"))] + [(ood, "out of distribution\n", ("ood", "ood_ceiling"))] * bool(
+        ood
+    ):
+        columns = {"before": before[side[0]], "after": found, "ceiling (base with reference)": before[side[1]]}
+        print(f"\n{head}{metrics.table(columns)}")
     print(
         f"\nmean held-out accuracy {metrics.percent(before['alone']['accuracy'])} -> {metrics.percent(alone['accuracy'])} "
         f"(ceiling {metrics.percent(before['ceiling']['accuracy'])}) | JSD to base {moved['jsd_to_base']:.4f} nats | "

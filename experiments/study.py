@@ -142,6 +142,7 @@ def numbers(path: Path, stamp: int) -> dict:
     found |= {"step_seconds": statistics.median(seconds) if seconds else math.nan}
     found |= {"day": time.strftime("%Y-%m-%d", time.localtime(stamp / 1e9)), "grad_norm_95": norms[int(0.95 * (len(norms) - 1))]}
     found |= {"before": before, "ceiling": summary["ceiling"]["accuracy"], "by_task": after["by_task"]}
+    found |= {f"ood_{side}": summary["ood"].get(side, {}).get("accuracy", math.nan) for side in ("before", "ceiling")}
     return found | {"steps": summary["steps"], "curves": curves}
 
 

@@ -11,8 +11,9 @@ Every question is answered by short free-form *working* that ends in an answer:
 A **reference** is terse and in another style (85 / C 91 / forest / (x+3)*2 / flight rome monday), and a quarter of its pieces are
 blotted out (_): the teacher must turn it into worked steps and supply what is missing, so there is a real ceiling, below 100 %.
 Each question also has a verified-wrong reference in the same style, with the same blots. Test questions are disjoint from training
-questions (the *facts* behind them are shared, or nothing could be learned); out of distribution are choices among numbers of one
-ten, and programs of three steps. It exists so that every mechanism can be seen at work on a CPU.
+questions (the *facts* behind them are shared, or nothing could be learned). Out of distribution are choices among numbers of one
+ten, facts with six places to choose from, and tools asked for twice in one request. It exists so that every mechanism can be seen
+at work on a CPU.
 
 **What `scramble` does.** The base model must need the reference, so its lessons (tiny.py) are drawn scrambled: every word that is
 not in `KNOWN` gets a new random meaning in each question. The lynx lives in the cave; in the lessons it may be anywhere:
@@ -38,7 +39,7 @@ from tasks import sandbox
 from tasks.data import Example, Task, Wording
 
 FAMILIES = ("sum", "choice", "fact", "code", "tool")
-OOD_FAMILIES = ("choice", "code")
+OOD_FAMILIES = ("choice", "fact", "tool")  # a set where the base has 0 (programs of three steps) shows nothing
 WORDING = Wording(
     teacher="{question}\nhint: {reference}",
     demo="example: {question}\nanswer: {answer}",
@@ -107,12 +108,12 @@ def make_choice(rng: random.Random, ood: bool, scramble: bool) -> Item:
 
 
 def make_fact(rng: random.Random, ood: bool, scramble: bool) -> Item:
-    """Where a thing is kept, four places to choose from."""
+    """Where a thing is kept, four places to choose from (six out of distribution)."""
     thing = rng.choice(THINGS)
     home = rng.choice(PLACES) if scramble and thing not in KNOWN else HOMES[thing]
-    options = rng.sample([place for place in PLACES if place != home], 3)
+    options = rng.sample([place for place in PLACES if place != home], 5 if ood else 3)
     wrong = options[0]
-    options.insert(rng.randrange(4), home)
+    options.insert(rng.randrange(len(options) + 1), home)
     rng.shuffle(options)
     question = f"where is {thing}: {', '.join(options)}"
     return Item("fact", question, home, wrong, f"the {thing} is in the {home}", home, thing in KNOWN, options)
@@ -132,8 +133,8 @@ def outputs(body: str) -> list[int]:
 
 
 def make_code(rng: random.Random, ood: bool, scramble: bool) -> Item:
-    """A one-line function of two steps (three out of distribution); the wrong one fails at least one of its asserts."""
-    # In pre-training a few programs have three steps too, always with the reference: out of distribution is hard, not impossible.
+    """A one-line function of two steps (three if `ood`); the wrong one fails at least one of its asserts."""
+    # In pre-training a few programs have three steps too, always with the reference.
     count = 3 if ood or (scramble and rng.random() < 0.15) else 2
     words = [rng.choice(list(OPERATIONS)) for _ in range(count)]
     signs = [rng.choice("+-*") if scramble and word not in KNOWN else OPERATIONS[word] for word in words]
@@ -152,14 +153,14 @@ def make_code(rng: random.Random, ood: bool, scramble: bool) -> Item:
 
 
 def make_tool(rng: random.Random, ood: bool, scramble: bool) -> Item:
-    """A call with two arguments; the wrong one has another action, or one argument changed."""
+    """A call with two arguments; the wrong one has another action, or one argument changed. Out of distribution: asked twice."""
     word = rng.choice([word for words, _ in TOOLS.values() for word in words])
     tool = next(tool for tool, (words, _) in TOOLS.items() if word in words)
     if scramble and word not in KNOWN:
         tool = rng.choice(list(TOOLS))
     city, day, number = rng.choice(CITIES), rng.choice(DAYS), rng.choice(DIGITS)
     values = dict(city=city, day=day, nights=number, people=number, hour=number)
-    parts = [word, city, day, number]
+    parts = [word, city, day, number] + [word] * ood
     rng.shuffle(parts)
     terse = lambda tool, values: " ".join([tool, *(values[key] for key in TOOLS[tool][1])])
     arguments = {key: values[key] for key in TOOLS[tool][1]}

@@ -83,9 +83,10 @@ def test_every_answer_can_be_read(tmp_path):
     assert command.main(["--model", "tiny", "--base", "tiny", "--size", "2", "--out", str(tmp_path)]) == 0
     rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
     (report,) = json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))
-    inside, outside = [r for r in rows if "model_with_reference" in r], [r for r in rows if "model_with_reference" not in r]
-    assert len(inside) == 10 and len(outside) == 4 and "texts" not in report["model"]["alone"]
+    inside, outside = rows[:10], rows[10:]
+    assert len(outside) == 6 and "texts" not in report["model"]["alone"]
     for name, part in (("model", "alone"), ("base", "alone"), ("model_with_reference", "with_reference")):
         assert [r[f"{name}_correct"] for r in inside] == report["model"][part]["correct"]
     assert [r["model_correct"] for r in outside] == report["model"]["ood"]["correct"]
+    assert [r["base_with_reference_correct"] for r in outside] == report["base"]["ood_with_reference"]["correct"]
     assert all(r["model"] == r["base"] and r["question"] and r["reference"] for r in rows)

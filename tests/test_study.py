@@ -27,7 +27,7 @@ def invent(out, setting, row, seed, accuracy=80.0, seconds=1.0, steps=3, **more)
         "before": {"accuracy": 39.0},
         "ceiling": {"accuracy": 87.0},
         "after": after | {k: v for k, v in more.items() if k in after},
-        "ood": {"after": {"accuracy": 20.0}},
+        "ood": {"before": {"accuracy": 30.0}, "after": {"accuracy": 20.0}, "ceiling": {"accuracy": 80.0}},
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))

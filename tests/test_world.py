@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from engine.metrics import measure
 from tasks import world
 from tasks.data import Example
 from tasks.world import FAMILIES, blotted, distinct, draw, score
@@ -52,18 +53,28 @@ def test_blots():
 def test_train_and_test_are_disjoint_and_the_same_for_a_seed():
     a, b = world.load(1000, 50, seed=0), world.load(1000, 50, seed=1)
     assert not {e.question for e in a.train} & {e.question for e in a.test + a.ood + b.test}
-    assert len({e.question for e in a.train}) == 1000 and len(a.test) == 250 and len(a.ood) == 100
+    assert len({e.question for e in a.train}) == 1000 and len(a.test) == 250 and len(a.ood) == 150
     assert a.test == b.test and a.train != b.train
     assert a.fingerprint() == world.load(1000, 50, seed=0).fingerprint() != b.fingerprint()
 
 
 def test_out_of_distribution_is_harder_by_construction():
     task = world.load(100, 30)
+    asks = {word for words, _ in world.TOOLS.values() for word in words}
     for e in task.ood:
         if e.task == "choice":
             assert len({n[0] for n in re.findall(r"\d\d", e.question)}) == 1
+        elif e.task == "fact":
+            assert e.question.count(", ") == 5 and e.answer in e.question
         else:
-            assert e.question.count("then") == 2
+            assert len([word for word in e.question.split() if word in asks]) == 2
+    assert {e.task for e in task.ood} == set(world.OOD_FAMILIES) == {"choice", "fact", "tool"}
+
+
+def test_out_of_distribution_there_is_something_to_learn(tiny):
+    task = world.load(5, 40)
+    alone, shown = (measure(tiny, task, task.ood, with_reference, 40)["by_task"] for with_reference in (False, True))
+    assert all(10 <= alone[family] <= 50 and 60 <= shown[family] <= 95 for family in alone), (alone, shown)
 
 
 def test_wrong_references_on_demand():
