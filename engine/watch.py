@@ -232,11 +232,10 @@ def after_training(run, out: Path, before: dict, begun: float) -> dict:
             metrics.write_rows(out / "answers.jsonl", rows)
         checkpoint.write_json(out / "summary.json", summary)  # with it a run counts as finished
         checkpoint.clear(out)
-    for found, head, side in [(alone, "", ("alone", "ceiling"))] + [(ood, "out of distribution\n", ("ood", "ood_ceiling"))] * bool(
-        ood
-    ):
-        columns = {"before": before[side[0]], "after": found, "ceiling (base with reference)": before[side[1]]}
-        print(f"\n{head}{metrics.table(columns)}")
+    columns = lambda first, last, top: metrics.table({"before": first, "after": last, "ceiling (base with reference)": top})
+    print("\n" + columns(before["alone"], alone, before["ceiling"]))
+    if ood:
+        print("\nout of distribution\n" + columns(before["ood"], ood, before["ood_ceiling"]))
     print(
         f"\nmean held-out accuracy {metrics.percent(before['alone']['accuracy'])} -> {metrics.percent(alone['accuracy'])} "
         f"(ceiling {metrics.percent(before['ceiling']['accuracy'])}) | JSD to base {moved['jsd_to_base']:.4f} nats | "

@@ -71,7 +71,9 @@ def fences(text: str, entry: str = "") -> list[Fence]:
         if text[mark.end() : starts[0]].strip():  # code in the line of its mark?
             starts += [mark.end(), mark.end("mark")]
         ends = [i for i in range(at + 1, len(marks)) if marks[i]["mark"].startswith(mark["mark"])] + [len(marks)]
-        spans = [(i, _undented(text[start : where[i]])) for start in starts for i in ends[::-1] if start < where[i]]
+        # A fence in a list is indented. Others are left alone: dedent() changes lines of blanks also where a string holds them.
+        undented = lambda code: textwrap.dedent(code) if code.lstrip("\r\n")[:1].isspace() else code
+        spans = [(i, undented(text[start : where[i]])) for start in starts for i in ends[::-1] if start < where[i]]
         span = next((span for name in (entry, "") for span in spans if defines(span[1], name)), None)
         closing = next(i for i in ends if i == len(marks) or leads[i] > opens[i])
         end, code = span or (closing, text[starts[0] : where[closing]])
@@ -80,11 +82,6 @@ def fences(text: str, entry: str = "") -> list[Fence]:
         found += (not span and fences(code, entry)) or [Fence(closed, python, neat, code)]
         at = end + (not opens[end])  # the mark that opens the next fence may be what ends this one
     return found
-
-
-def _undented(code: str) -> str:
-    """A fence in a list is indented. Others are left alone, as dedent() changes lines of blanks also where a string holds them."""
-    return textwrap.dedent(code) if code.lstrip("\r\n")[:1].isspace() else code
 
 
 def find_code(text: str, entry: str) -> tuple[list[str], bool]:

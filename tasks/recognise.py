@@ -30,7 +30,7 @@ class LoadedDice(random.Random):
 def recognise(question: str) -> Example | None:
     """A question of the tiny world -> its example, reference and wrong reference without blots; None if it is none."""
     words, pieces = re.findall(r"[a-z]+", question), lambda text: sorted(re.findall(r"\w+|\S", text))
-    harder, dice = False, LoadedDice(question)  # the free falls are seeded: the same wrong reference whenever one asks
+    dice = LoadedDice(question)  # the free falls are seeded: the same wrong reference whenever one asks
     try:
         numbers = [int(n) for n in re.findall(r"\d+", question)]
         match words:  # the draws of each maker, in its order
@@ -40,17 +40,15 @@ def recognise(question: str) -> Example | None:
                 family, dice.told = "choice", [1, numbers]
             case ["where", "is", thing, *places] if len(set(places)) in (4, 6):
                 family, dice.told = "fact", [thing, [p for p in places if p != world.HOMES[thing]]]
-                harder = len(places) == 6
             case ["f", *steps] if len(numbers) in (2, 3):
                 family, dice.told = "code", [w for w in steps if w != "then"] + numbers
-                harder = len(numbers) == 3
             case ["tool", *asked]:
                 asks = [w for ways, _ in world.TOOLS.values() for w in ways]
                 draws = [next(w for w in asked if w in pool) for pool in (asks, world.CITIES, world.DAYS)]
                 family, dice.told = "tool", draws + [str(n) for n in numbers]
-                harder = asked.count(draws[0]) == 2
             case _:
                 return None
+        harder = {"fact": len(words) == 9, "code": len(numbers) == 3, "tool": len(words) > len(set(words))}.get(family, False)
         item = world.MAKE[family](dice, ood=harder, scramble=False)
     except (LookupError, ValueError, StopIteration):  # a word that no maker uses, or too few
         return None

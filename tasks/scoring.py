@@ -45,8 +45,6 @@ def score_all(examples: Sequence[Example], completions: Sequence[str], limits: L
     verdicts = run_tests([job for _, job in jobs], limits or Limits()) if jobs else []
     for (result, _), verdict in zip(jobs, verdicts, strict=True):
         result.update(correct=verdict.passed, strict=result["strict"] and verdict.passed, reason=verdict.reason)
-    for result in results:
-        result.setdefault("lenient", result["correct"])  # tools have their own: extra arguments are free
     return results
 
 

@@ -178,16 +178,12 @@ def make_tool(rng: random.Random, ood: bool, scramble: bool) -> Item:
 MAKE = dict(sum=make_sum, choice=make_choice, fact=make_fact, code=make_code, tool=make_tool)
 
 
-def is_test(question: str) -> bool:
-    """Which side of the split a question is on; about one in six is a test question, forever and for every seed."""
-    return hashlib.sha256(question.encode()).digest()[0] < 43
-
-
 def draw(rng: random.Random, family: str, test: bool, ood: bool = False, scramble: bool = False) -> Item:
     """A random question on the asked side of the split."""
     while True:
         item = MAKE[family](rng, ood, scramble)
-        if is_test(item.question) == test:
+        # A hash decides the side of the split: about one in six is a test question, forever and for every seed.
+        if (hashlib.sha256(item.question.encode()).digest()[0] < 43) == test:
             return item
 
 

@@ -19,9 +19,8 @@ from tasks.scoring import as_number, same, score_all
 
 
 def score(example, completion):
-    """Of one completion, less the key that only tools give a meaning of its own."""
-    result = score_all([example], [completion])[0]
-    return result if example.answer and example.answer["kind"] == "tools" else {k: v for k, v in result.items() if k != "lenient"}
+    """Of one completion."""
+    return score_all([example], [completion])[0]
 
 
 FIXTURES = Path(__file__).parent / "fixtures"  # invented records, in the columns of the data sets
@@ -765,7 +764,7 @@ def test_kinds():
         score_all([Example("t", "q", "r")], [])
 
 
-def test_what_is_right_in_another_form_is_right_leniently_only():
+def test_what_is_right_in_another_form_is_right_but_not_strictly():
     e = Example("gsm8k", "q", "r", {"kind": "number", "value": "4", "mark": "####"})
     (result,) = score_all([e], ["so it is 4"])
-    assert {"correct", "abstained", "strict", "lenient"} <= set(result) and result["lenient"] and not result["strict"]
+    assert {"correct", "abstained", "strict"} <= set(result) and result["correct"] and not result["strict"]
