@@ -79,10 +79,20 @@ def test_twenty_steps_from_end_to_end(twenty):
     settings = json.loads((twenty / "settings.json").read_text())
     assert settings["recipe"] == "unisd-star" and settings["steps"] == 20 and config.saved_settings(str(twenty)) == settings
     tokenizer, model = AutoTokenizer.from_pretrained(twenty), AutoModelForCausalLM.from_pretrained(twenty)
-    chat = [{"role": "user", "content": "12+31"}]
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    text = tokenizer.decode(model.generate(**prompt, max_new_tokens=40, do_sample=False)[0, prompt["input_ids"].shape[1] :])
-    assert " so " in text and text.endswith("<|im_end|>")  # a plain transformers model that works a sum and stops
+    changed = changed_answers(twenty)
+    assert changed
+    for question, told in [("12+31", None), *changed[:3]]:
+        chat = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        text = tokenizer.decode(model.generate(**prompt, max_new_tokens=40, do_sample=False)[0, prompt["input_ids"].shape[1] :])
+        assert text.endswith("<|im_end|>") and (" so " in text or told)  # a plain transformers model that answers and stops
+        # What is called the trained model's answer is this model's, not one that was kept from before (on a GPU, it once was).
+        assert told is None or text.removesuffix("<|im_end|>").strip() == told
+
+
+def changed_answers(out):
+    rows = [json.loads(line) for line in (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [(row["question"], row["after"]) for row in rows if row["before"] != row["after"]]
 
 
 def test_raw_only_evaluates(tmp_path):
