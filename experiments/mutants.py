@@ -37,7 +37,7 @@ SWAPS |= {ast.Pow: ast.Mult, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, 
 SWAPS |= {ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.And: ast.Or, ast.Or: ast.And, ast.BitOr: ast.BitAnd}
 METHODS = {"sum": "mean", "mean": "sum", "amax": "amin", "amin": "amax", "min": "max", "max": "min", "exp": "log", "log": "exp"}
 METHODS |= {"minimum": "maximum", "maximum": "minimum", "ceil": "floor", "zeros_like": "ones_like", "any": "all", "all": "any"}
-AS_THEY_ARE = ("isinstance", "getattr", "hasattr", "zip", "opt", "dict")  # functions whose arguments are not swapped
+AS_THEY_ARE = ("isinstance", "getattr", "hasattr", "zip", "opt", "dict", "min", "max")  # no swapped arguments: no mistake
 DROPPED = ("detach", "clamp", "abs", "square", "clone", "float", "lerp_", "mul_", "neg", "log_softmax")  # x.detach() -> x
 
 

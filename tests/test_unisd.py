@@ -407,6 +407,16 @@ def test_a_head_has_every_factor_of_its_config_and_lends_its_tensors(scale):
         assert not ours.requires_grad and ours.data_ptr() == theirs.data_ptr()
 
 
+def test_a_head_is_tried_where_its_largest_logit_is_30_whatever_its_sign():
+    seen = []
+    for seed in range(8):
+        model = small_model(seed)
+        model.get_output_embeddings().register_forward_hook(lambda module, args, out: seen.append(out[..., :VOCAB]))
+        check_head(model, VOCAB, [5, 6, 7, 8])
+    assert [logits.abs().max().item() for logits in seen] == [pytest.approx(30, rel=1e-4)] * 8
+    assert {bool(logits.max() > -logits.min()) for logits in seen} == {True, False}  # of either sign
+
+
 def test_two_ways_to_the_same_logits_agree_up_to_five_per_cent_of_their_spread():
     """Spread is around the mean of the log-probs: they are all negative, and beside their size 6 per cent looks like 2."""
     theirs = torch.tensor([[0.0, 1.0, 2.0, 3.0]], dtype=torch.float64)
@@ -472,7 +482,16 @@ def test_several_chunks_of_several_pieces_are_the_objective_on_whole_tensors(mon
     assert len(set(values["div"].tolist())) == 29
 
 
+@pytest.mark.parametrize(
+    ("n", "size", "expected"), [(5, 2, [(0, 2), (2, 4), (4, 5)]), (0, 1, [(0, 0)]), (1, 1, [(0, 1)]), (4, 2, [(0, 2), (2, 4)])]
+)
+def test_chunks_of_few_things(n, size, expected):
+    assert [(part.start, part.stop) for part in head_file.chunks(n, size)] == expected
+
+
 def test_pieces_are_small_on_a_cpu_and_large_on_a_gpu():
+    assert head_file.tokens_per_chunk(0, 1_250_000) == head_file.tokens_per_chunk(0, 9_000_000) == (32, 16, 1)
+    assert head_file.tokens_per_chunk(0, 1_250_000 // 2) == (64, 32, 2)
     assert head_file.tokens_per_chunk(0, 151_936) == (256, 128, 8) and head_file.tokens_per_chunk(0, 776) == (51_520, 25_760, 1_610)
     assert head_file.tokens_per_chunk(0, 151_936, cuda=True) == (512, 256, 128)
     assert head_file.tokens_per_chunk(7, 151_936, cuda=True) == (7, 7, 7)
