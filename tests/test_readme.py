@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.config import Config
 from experiments import peers
+from experiments.study import spread
 from tasks import world
 from tasks.data import chat_ids
 from tasks.jsonl import load_jsonl
@@ -181,6 +182,19 @@ def test_the_rows_of_the_results_are_those_of_the_study():
         assert set(truth["sd"]) - row.keys() == {"gain", "step time / SFT"}
         assert row == {name: truth[row["recipe"]][name] for name in row}, row["recipe"]
     assert not [r for r in truth if not r.startswith("budget") and r not in {row["recipe"] for row in shown}]
+
+
+def test_what_is_said_of_questions_out_of_distribution():
+    found: dict = {}
+    for run in json.loads((ROOT / "experiments/results/cells.json").read_text()):
+        if run["setting"] == "clean" and run["ood"] is not None:
+            found.setdefault(run["row"], {})[run["seed"]] = run["ood"]
+            assert f"{run['ood_before']:.1f}" == "35.7" and f"{run['ood_ceiling']:.1f}" == "85.7"
+    assert all(len(seeds) == 5 for seeds in found.values())
+    (said,) = [part for part in DOCS["results.md"].split("\n- ") if part.startswith("**Out of distribution everybody")]
+    for row in ("sft-worked", "sft", "ema", "agree-token", "unisd-star", "budget-25"):
+        mean, half = spread([found[row][seed] - found["sd"][seed] for seed in range(5)])
+        assert f"({mean:+.1f} ± {half:.1f})".replace("-", "−") in said.replace("\n  ", " "), row
 
 
 def test_the_shares_of_answers_with_contexts_are_those_of_the_study():
