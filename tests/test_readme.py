@@ -330,6 +330,12 @@ def test_the_transcript_of_the_real_model_is_that_of_the_published_run():
         moved = [int(r["after_correct"]) - int(r["before_correct"]) for r in said_by(folder, name)]
         assert row["gained, lost"] == f"{moved.count(1)}, {moved.count(-1)}" and run[name]["accuracy"] == 15 + sum(moved)
         assert row["JSD to base"] == f"{run[name]['jsd']:.4f}" and row["retention PPL"] == f"{run[name]['retention_ppl']:.2f}"
+    for row in rows:
+        more = {
+            cell["seed"]: cell["accuracy"] for cell in cells if (cell["setting"], cell["row"]) == ("sums", row["recipe"].split()[0])
+        }
+        shown = ", ".join(f"{more[seed]:.0f}" for seed in sorted(more) if seed) or "–"
+        assert row["accuracy of further seeds"] == (shown if "with the reference" not in row["recipe"] else "–"), row["recipe"]
     habit = sum(r["after"].startswith("A correct solution is:") for r in said_by(folder, "ema-98"))
     assert f"{habit} of its 100 answers" in DOCS["results.md"]
     assert not any(r["after"].startswith("A correct") for r in said_by(folder, "sd"))
