@@ -135,8 +135,8 @@ def answers(lm: Loaded, prompts: list[list[int]], limit: int, cache: Path | None
 
 def fingerprint(lm: Loaded) -> str:
     """A hash of all weights: two checkpoints of one run, or one folder written twice, never share a cached answer."""
-    # Anew each time, about a second per billion bytes. Torch's own count of writes (p._version) would say when that is needed,
-    # but on CUDA the fused AdamW writes without counting: a trained model was given the answers of the untrained one.
+    # Anew each time. Torch's own count of writes (p._version) would say when that is needed, but on CUDA the fused AdamW
+    # writes without counting: a trained model was given the answers of the untrained one.
     digest = hashlib.sha256(lm.name.encode())
     for name, p in lm.model.state_dict().items():
         digest.update(name.encode() + p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
