@@ -29,12 +29,13 @@ def disagreement(logps: Tensor, mask: Tensor, level: str, stat: str) -> Tensor:
 
     (K, B, T), (B, T) -> (B, T) for level "token", (B,) for level "sequence"
     Variance divides by K-1 over tokens (unbiased) and by K over sequences (biased), as in the paper's settings: for
-    readings of -1 and -3 that is 2 and 1. Raises ValueError for K = 1 with stat "var" (0/0 over tokens, 0 over
+    readings of -1 and -3 that is 2 and 1. "prob" is the variance of the probabilities: 1e-9 against 1e-6 is a wide dispute
+    of logarithms, and none of these. Raises ValueError for K = 1 with stat "var" or "prob" (0/0 over tokens, 0 over
     sequences), and for an unknown level or stat.
     """
-    if level not in ("token", "sequence") or stat not in ("var", "range"):
-        raise ValueError(f"level must be token or sequence and stat var or range, got level={level!r}, stat={stat!r}")
-    if stat == "var" and logps.shape[0] < 2:
+    if level not in ("token", "sequence") or stat not in ("var", "range", "prob"):
+        raise ValueError(f"level must be token or sequence and stat var, range or prob, got level={level!r}, stat={stat!r}")
+    if stat != "range" and logps.shape[0] < 2:
         raise ValueError(f"the variance of {logps.shape[0]} context is undefined: give at least 2 contexts, or use stat range")
     mask = mask.bool()
     # Masked positions may hold anything, inf and nan included; where() forgets them, a multiplication by 0 would not.
@@ -45,6 +46,8 @@ def disagreement(logps: Tensor, mask: Tensor, level: str, stat: str) -> Tensor:
         logps = logps.sum(-1) / mask.sum(-1).clamp(min=1)  # (K, B)  L^k: mean over the tokens that count
     if stat == "range":
         return logps.amax(0) - logps.amin(0)
+    if stat == "prob":
+        logps = logps.exp()  # the geometric mean of its tokens' probabilities, at the level of a sequence
     return logps.var(0, unbiased=level == "token")
 
 

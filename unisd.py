@@ -55,7 +55,7 @@ class Mechanisms:
     clip_quantile: float = opt(0.0, "ceiling at this quantile of the step's D; one more student pass (0 = off)")
     agreement: str = opt("none", "weigh by how far K contexts agree, eq. 2", ("none", "token", "sequence"))
     gamma: float = opt(0.01, "strength of the agreement weights (0 = off)")
-    stat: str = opt("var", "disagreement of the K readings: variance or max - min", ("var", "range"))
+    stat: str = opt("var", "disagreement of the K readings: variance or range of log p, or variance of p", ("var", "range", "prob"))
     normalizer: str = opt(
         "batch", "batch: sequence weights act; sequence: the official form, where they cancel", ("batch", "sequence")
     )

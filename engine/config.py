@@ -48,6 +48,7 @@ DEPARTURES = (
     "the batch is 64, for UniSD* 32 (theirs depends on model size and devices), the seed 0 (theirs 42)",
     "an epoch is rounded to whole steps (theirs drops the last incomplete batch); weights are fp32 (theirs bf16)",
 )
+KINDS = ("blotted", "faint", "distinct", "odd")  # of references in the tiny world
 SETTINGS = "settings.json"  # in --out; config.json there is the model's
 AT_LEAST_ONE = "batch micro_batch sample_batch max_new_tokens top_k max_tokens_per_pass ema_every demos".split()
 SHARES = "agreement_budget on_policy wrong_references clip_quantile warmup lora_dropout".split()  # at most 1
@@ -73,6 +74,7 @@ class Config(Mechanisms):
     ema_decay: float = opt(0.9, "share of the old teacher kept at each update")
     ema_every: int = opt(10, "optimizer steps between two EMA updates")
     contexts: int = opt(3, "K: how many contexts the agreement compares")
+    contexts_include_teacher: bool = opt(False, "the teacher's own reading is one of the K")
     agreement_budget: float = opt(1.0, "score contexts for this share of the sequences, the least certain; others keep weight 1")
     uncertainty: str = opt(
         "entropy", "by the teacher's entropy, its divergence (one more pass), or at random", ("entropy", "divergence", "random")
@@ -80,6 +82,7 @@ class Config(Mechanisms):
     demos: int = opt(1, "solved examples in each context")
     context_kind: str = opt("random", "a context shows random or similar solved examples, or an induced instruction", CONTEXT_KINDS)
     context_reference: bool = opt(True, "contexts also hold the question's own reference")
+    fresh_references: bool = opt(False, "tiny world: each context holds a reference of its own, with other blots and mistakes")
     negatives: str = opt("rule", "wrong references: by rule, or model-written; both verified wrong", ("rule", "model"))
     # --- sampling
     on_policy: float = opt(1.0, "share of the steps trained on the student's own answers; the others use the references")
@@ -109,6 +112,7 @@ class Config(Mechanisms):
     dtype: str = opt("auto", "matmul precision; weights stay fp32; fp16 scales the loss", ("auto", "fp32", "bf16", "fp16"))
     # --- data
     wrong_references: float = opt(0.0, "tiny world: share of training questions whose reference is wrong")
+    references: str = opt("blotted", "tiny world: what they are like, see docs/when-it-helps.md", KINDS)
     train_size: int = opt(4000, "number of training questions (0 = all that a data set has)")
     # --- watching
     eval_size: int = opt(100, "held-out questions before and after: per family of the tiny world, else per data set (0 = all)")
@@ -218,10 +222,13 @@ def contradictions(cfg: Config) -> Iterator[str]:
         yield f"--estimator sampled with --divergence {cfg.divergence}: one token estimates a reverse KL; add --divergence reverse"
     if cfg.data == "tiny" and not (cfg.train_size and cfg.eval_size):
         yield "--train-size and --eval-size must be at least 1 for --data tiny: a procedural world has no end"
+    if cfg.data != "tiny" and (cfg.wrong_references or cfg.references != "blotted" or cfg.fresh_references):
+        what = "--wrong-references, --references and --fresh-references work"
+        yield f"{what} in the tiny world only: leave them out, or use --data tiny"
     if cfg.clip and cfg.clip_quantile:
         yield "--clip and --clip-quantile are two ceilings for one divergence: set one of them to 0"
     if cfg.agreement != "none" and cfg.contexts < 2:
-        why = "the variance of one reading is undefined" if cfg.stat == "var" else "the range of one reading is always 0"
+        why = "the variance of one reading is undefined" if cfg.stat != "range" else "the range of one reading is always 0"
         yield f"--contexts {cfg.contexts} with --agreement {cfg.agreement}: {why}; set --contexts 2 or more, or --agreement none"
     if cfg.shard and cfg.lora_rank:
         yield "--shard divides what is trained, and LoRA trains little: leave out one of --shard and --lora-rank"
@@ -242,6 +249,8 @@ def without_effect(cfg: Config) -> Iterator[str]:
         yield "--teacher ema has no effect: nothing in this recipe asks a teacher"
     if cfg.agreement != "none" and 0 in (cfg.gamma, cfg.agreement_budget):
         yield "--agreement has no effect: --gamma or --agreement-budget is 0, so every weight is 1 and no context is read"
+    if cfg.fresh_references and not (cfg.uses_agreement and cfg.context_reference):
+        yield "--fresh-references has no effect: no context holds a reference (see --agreement, --context-reference)"
     own_samples = cfg.sampler == "student" and cfg.on_policy == 1 and cfg.temperature == cfg.distill_temperature
     if cfg.estimator == "sampled" and not own_samples:
         fix = "set --temperature and --distill-temperature equal, --on-policy 1 and --sampler student"

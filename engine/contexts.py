@@ -149,11 +149,14 @@ def encode(tokenizer, task: Task, i: int, cfg, prepared: dict) -> tuple[dict, in
     if cfg.uses_agreement:
         drawn = cfg.context_kind == "random"  # once for all K: it looks through the pool
         shown = random_demos(task.train, i, cfg.contexts, cfg.demos, cfg.seed) if drawn else prepared["shown"][i]
-        contexts = [context_ids(tokenizer, task, i, cfg, what) for what in shown]
+        references = [task.fresh(e, k) if cfg.fresh_references else e.reference for k in range(cfg.contexts)]
+        contexts = [context_ids(tokenizer, task, i, cfg, *both) for both in zip(shown, references, strict=True)]
+        if cfg.contexts_include_teacher:
+            contexts[0] = teacher  # the very list, by which engine/reading.py sees that it is read already
     return {"student": student, "teacher": teacher, "negative": negative, "contexts": contexts}, cut
 
 
-def context_ids(tokenizer, task: Task, i: int, cfg, shown: list[int] | str) -> list[int]:
+def context_ids(tokenizer, task: Task, i: int, cfg, shown: list[int] | str, reference: str) -> list[int]:
     """The context of example i that shows these examples, or this instruction; too long, it gives way first, then the reference."""
     e, words, limit = task.train[i], task.wording, cfg.max_prompt_tokens
     own = (lambda r: teacher_message(words, e.question, r)) if cfg.context_reference else (lambda _: e.question)
@@ -167,7 +170,7 @@ def context_ids(tokenizer, task: Task, i: int, cfg, shown: list[int] | str) -> l
 
     for share in (1.0, 0.5, 0.25, 0.0):  # of what is shown, from its start
         try:
-            return fit_prompt(tokenizer, partial(build, share), e.reference if cfg.context_reference else "", limit)[0]
+            return fit_prompt(tokenizer, partial(build, share), reference if cfg.context_reference else "", limit)[0]
         except TooLong:
             if not share:
                 raise

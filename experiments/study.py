@@ -33,7 +33,7 @@ from engine.checkpoint import complain, writable
 from engine.config import RECIPES
 
 ROOT = Path(__file__).parents[1]
-WORLDS = {w: tomllib.loads((ROOT / f"experiments/{w}.toml").read_text(encoding="utf-8")) for w in ("tiny", "real")}
+WORLDS = {w: tomllib.loads((ROOT / f"experiments/{w}.toml").read_text(encoding="utf-8")) for w in ("tiny", "real", "regimes")}
 PLAN = WORLDS["tiny"]
 WORLD_OF = {setting: world for world, plan in WORLDS.items() for setting in plan["settings"]}
 SETTINGS = {name: WORLDS[world]["settings"][name].split() for name, world in WORLD_OF.items()}
@@ -219,11 +219,14 @@ def main(argv: list[str] | None = None) -> int:
     add, quick = parser.add_argument, f"{', '.join(QUICK)} in clean, {QUICK_SEEDS} seeds: estimated 8 minutes on 2 cores"
     rows = f"rows of the table (default: those of the full study): {', '.join(ROWS)}"
     add("--recipes", nargs="+", choices=ROWS, metavar="ROW", help=rows)
-    worlds = "tiny: the embedded model and its world; real: SmolLM2-135M on sums and on function calls (default: %(default)s)"
+    worlds = (
+        "tiny: the embedded model and its world; real: SmolLM2-135M on sums and on function calls; regimes: tiny worlds in which "
+    )
+    worlds += "what a mechanism was made for exists (default: %(default)s)"
     add("--world", choices=WORLDS, default="tiny", help=worlds)
     add("--settings", nargs="+", choices=SETTINGS, help="what the data are like (default: all; with --recipes: the world's first)")
-    add("--seeds", type=int, help="seeds 0 ... N-1 (default: 5 in the tiny world, 3 in the real one)")
-    add("--out", help="where table, figures and runs go (default: runs/study, of the real world runs/study-real)")
+    add("--seeds", type=int, help="seeds 0 ... N-1 (default: 5 in the tiny world and the regimes, 3 in the real one)")
+    add("--out", help="where table, figures and runs go (default: runs/study, of another world runs/study-WORLD)")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each (default: %(default)s)")
     add("--quick", action="store_true", help=quick)
     add("--train", nargs=argparse.REMAINDER, default=[], help="further flags for train.py, last on the line")

@@ -11,7 +11,13 @@ from tasks.data import Task
 
 
 def load_task(
-    name: str, *, train_size: int | None = 0, test_size: int = 0, wrong_references: float = 0.0, seed: int = 0
+    name: str,
+    *,
+    train_size: int | None = 0,
+    test_size: int = 0,
+    wrong_references: float = 0.0,
+    references: str = "blotted",
+    seed: int = 0,
 ) -> tuple[Task, dict]:
     """-> (Task, the manifest of what was read, kept and dropped; empty for the tiny world).
 
@@ -19,9 +25,7 @@ def load_task(
     family. Raises ValueError, with the fix, if there is no such task or it cannot be loaded.
     """
     if name == "tiny":
-        return world.load(5 if train_size is None else train_size, test_size or 100, wrong_references, seed), {}
-    if wrong_references:
-        raise ValueError("--wrong-references works in the tiny world only; set it to 0, or use --data tiny")
+        return world.load(5 if train_size is None else train_size, test_size or 100, wrong_references, seed, references), {}
     # Negatives are made whether the recipe needs them or not: the data and its fingerprint are the same for every recipe.
     settings = dict(test_size=test_size, seed=seed, negatives=train_size is not None)
     if jsonl.is_file(name):

@@ -32,7 +32,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tasks import sandbox
@@ -46,7 +46,8 @@ WORDING = Wording(
     context="{demos}\nnow: {question}",
     instruction="{instruction}\nnow: {question}",
 )
-BLOT = 0.25  # share of a reference's words that cannot be read
+BLOT, FAINT = 0.25, 0.6  # share of a reference's words that cannot be read
+ODD = "well, i think that it may be {}, but look at it yourself"  # nothing like it is in the lessons of tiny.py
 
 THINGS = "lamp drum coin boat rope bell mask harp kite vase sled fork ring book tent".split()
 THINGS += "crib plum wolf goat hare crow moth newt seal swan toad mule lynx ibex yak".split()
@@ -193,16 +194,21 @@ def blotted(text: str, draws: Sequence[float], share: float) -> str:
     return re.sub(r"\d|[A-Za-z]+|[^\w\s]", lambda piece: "_" if next(draw_of_piece) < share else piece[0], text)
 
 
-def to_example(item: Item, rng: random.Random, wrong: bool = False) -> Example:
+def to_example(item: Item, rng: random.Random, wrong: bool = False, kind: str = "blotted") -> Example:
     """The example a learner gets. `wrong`: its reference is a wrong one, and so is what SFT would imitate.
 
     Right and wrong have the same blots, so they differ in content only; in about one example of six the blots hide the
-    difference, and then a contrast between them teaches nothing.
+    difference, and then a contrast between them teaches nothing. Other kinds of references: the blots of "distinct" never do so,
+    "faint" has more than twice as many, "odd" wraps one in ten in words that the base has never met.
     """
     draws = [rng.random() for _ in range(40)]
-    good, bad = (item.wrong, other_slip(item)) if wrong else (item.terse, item.wrong)
-    reference, negative = blotted(good, draws, BLOT), blotted(bad, draws, BLOT)
-    return Example(item.family, item.question, reference, item.answer, negative, target=good, demo=item.worked)
+    more = random.Random(str(draws[0]))  # what a kind needs beyond them: the questions are the same for all kinds
+    texts = (item.wrong, other_slip(item)) if wrong else (item.terse, item.wrong)
+    both = lambda: [blotted(text, draws, FAINT if kind == "faint" else BLOT) for text in texts]
+    while kind == "distinct" and len(set(both())) == 1:
+        draws = [more.random() for _ in draws]
+    reference, negative = map(ODD.format, both()) if kind == "odd" and more.random() < 0.1 else both()
+    return Example(item.family, item.question, reference, item.answer, negative, target=texts[0], demo=item.worked)
 
 
 def other_slip(item: Item) -> str:
@@ -210,33 +216,44 @@ def other_slip(item: Item) -> str:
     return next(slip for slip in item.slips if slip not in (item.terse, item.wrong))
 
 
-def distinct(families: Sequence[str], each: int, seed: int, test: bool, ood: bool = False, wrong: float = 0.0) -> list[Example]:
-    """`each` different questions per family, interleaved, the same for the same seed. Raises ValueError if there are too few."""
-    rng, seen, examples = random.Random(f"{seed}-{test}-{ood}"), set(), []
+def distinct(families: Sequence[str], each: int, seed: int, test: bool, ood: bool = False) -> Iterator[tuple[Item, random.Random]]:
+    """`each` different questions per family, interleaved, the same for the same seed. Raises ValueError if there are too few.
+    -> each with the generator, which then draws the rest of its example
+    """
+    rng, seen = random.Random(f"{seed}-{test}-{ood}"), set()
     for _ in range(each):
         for family in families:
             tries = (draw(rng, family, test, ood) for _ in range(20_000))
             item = next((item for item in tries if item.question not in seen), None)
             if item is None:
                 side, flag = ("test", "eval-size (--size in eval.py)") if test else ("training", "train-size")
-                some = f"only about {len(examples) // len(families)} different {side} questions of family {family}"
+                some = f"only about {len(seen) // len(families)} different {side} questions of family {family}"
                 raise ValueError(f"the tiny world has {some}: lower --{flag}")
             seen.add(item.question)
-            examples.append(to_example(item, rng, wrong=rng.random() < wrong))
-    return examples
+            yield item, rng
 
 
-def load(train_size: int = 4000, test_size: int = 100, wrong_references: float = 0.0, seed: int = 0) -> Task:
+def load(train_size: int = 4000, test_size: int = 100, wrong_references: float = 0.0, seed: int = 0, kind: str = "blotted") -> Task:
     """The tiny world as a Task. The test questions are the same for every seed; test_size is per family.
 
-    Raises ValueError if train_size is below one question per family, or if there are not so many different questions.
+    `kind`: of references, see to_example. Raises ValueError if train_size is below one question per family, or if there are not so
+    many different questions.
     """
     if train_size < len(FAMILIES):
         raise ValueError(f"--train-size {train_size} is less than one question for each of {len(FAMILIES)} families")
-    train = distinct(FAMILIES, train_size // len(FAMILIES), seed, test=False, wrong=wrong_references)
-    test = distinct(FAMILIES, test_size, seed=-1, test=True)
-    ood = distinct(OOD_FAMILIES, test_size, seed=-1, test=True, ood=True)
-    return Task("tiny", train, test, score, ood, WORDING, max_new_tokens=40)
+    example = lambda item, rng, wrong: to_example(item, rng, rng.random() < wrong, kind)
+    lessons = {
+        item.question: (item, example(item, rng, wrong_references))
+        for item, rng in distinct(FAMILIES, train_size // len(FAMILIES), seed, test=False)
+    }
+    train = [lesson for _, lesson in lessons.values()]
+    test = [example(*one, 0.0) for one in distinct(FAMILIES, test_size, seed=-1, test=True)]
+    ood = [example(*one, 0.0) for one in distinct(OOD_FAMILIES, test_size, seed=-1, test=True, ood=True)]
+
+    def fresh(e: Example, k: int) -> str:
+        return example(lessons[e.question][0], random.Random(f"{seed}-{k}-{e.question}"), wrong_references).reference
+
+    return Task("tiny", train, test, score, ood, WORDING, max_new_tokens=40, fresh=fresh)
 
 
 def score(examples: Sequence[Example], completions: Sequence[str]) -> list[dict]:
