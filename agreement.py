@@ -29,9 +29,8 @@ def disagreement(logps: Tensor, mask: Tensor, level: str, stat: str) -> Tensor:
 
     (K, B, T), (B, T) -> (B, T) for level "token", (B,) for level "sequence"
     Variance divides by K-1 over tokens (unbiased) and by K over sequences (biased), as in the paper's settings: for
-    readings of -1 and -3 that is 2 and 1. "prob" is the variance of the probabilities: 1e-9 against 1e-6 is a wide dispute
-    of logarithms, and none of these. Raises ValueError for K = 1 with stat "var" or "prob" (0/0 over tokens, 0 over
-    sequences), and for an unknown level or stat.
+    readings of -1 and -3 that is 2 and 1. "prob" is that of the probabilities, to which 1e-9 against 1e-6 is no dispute.
+    Raises ValueError for K = 1 with stat "var" or "prob" (0/0, or always 0), and for an unknown level or stat.
     """
     if level not in ("token", "sequence") or stat not in ("var", "range", "prob"):
         raise ValueError(f"level must be token or sequence and stat var, range or prob, got level={level!r}, stat={stat!r}")

@@ -48,7 +48,6 @@ DEPARTURES = (
     "the batch is 64, for UniSD* 32 (theirs depends on model size and devices), the seed 0 (theirs 42)",
     "an epoch is rounded to whole steps (theirs drops the last incomplete batch); weights are fp32 (theirs bf16)",
 )
-KINDS = ("blotted", "faint", "distinct", "odd")  # of references in the tiny world
 SETTINGS = "settings.json"  # in --out; config.json there is the model's
 AT_LEAST_ONE = "batch micro_batch sample_batch max_new_tokens top_k max_tokens_per_pass ema_every demos".split()
 SHARES = "agreement_budget on_policy wrong_references clip_quantile warmup lora_dropout".split()  # at most 1
@@ -112,7 +111,7 @@ class Config(Mechanisms):
     dtype: str = opt("auto", "matmul precision; weights stay fp32; fp16 scales the loss", ("auto", "fp32", "bf16", "fp16"))
     # --- data
     wrong_references: float = opt(0.0, "tiny world: share of training questions whose reference is wrong")
-    references: str = opt("blotted", "tiny world: what they are like, see docs/when-it-helps.md", KINDS)
+    references: str = opt("blotted", "tiny world: what they are like", ("blotted", "faint", "distinct", "odd"))
     train_size: int = opt(4000, "number of training questions (0 = all that a data set has)")
     # --- watching
     eval_size: int = opt(100, "held-out questions before and after: per family of the tiny world, else per data set (0 = all)")
@@ -249,8 +248,9 @@ def without_effect(cfg: Config) -> Iterator[str]:
         yield "--teacher ema has no effect: nothing in this recipe asks a teacher"
     if cfg.agreement != "none" and 0 in (cfg.gamma, cfg.agreement_budget):
         yield "--agreement has no effect: --gamma or --agreement-budget is 0, so every weight is 1 and no context is read"
-    if cfg.fresh_references and not (cfg.uses_agreement and cfg.context_reference):
-        yield "--fresh-references has no effect: no context holds a reference (see --agreement, --context-reference)"
+    for name, acts in (("contexts_include_teacher", True), ("fresh_references", cfg.context_reference)):
+        if vars(cfg)[name] and not (cfg.uses_agreement and acts):
+            yield f"{flag(name)} has no effect: no context is read, or none with a reference (--agreement, --context-reference)"
     own_samples = cfg.sampler == "student" and cfg.on_policy == 1 and cfg.temperature == cfg.distill_temperature
     if cfg.estimator == "sampled" and not own_samples:
         fix = "set --temperature and --distill-temperature equal, --on-policy 1 and --sampler student"

@@ -72,10 +72,11 @@ def steps_of(cfg: Config, questions: int) -> int:
 
 def passes_of(cfg: Config) -> dict[str, float]:
     """Model passes over a step's answers, by what asks for them; a share of the answers is a share of a pass."""
+    spared = cfg.contexts_include_teacher and cfg.agreement_budget >= 1  # one of a share of the answers is read by itself, later
     passes = {
         "student, with gradient": 1,
         "teacher": cfg.uses_teacher,
-        "agreement contexts": cfg.uses_agreement and round(cfg.contexts * cfg.agreement_budget, 2),
+        "agreement contexts": cfg.uses_agreement and round(cfg.contexts * cfg.agreement_budget, 2) - spared,
         "uncertainty by divergence": cfg.uses_agreement and cfg.agreement_budget < 1 and cfg.uncertainty == "divergence",
         "contrast's negative": bool(cfg.w_contrast),
         "ceiling at a quantile": bool(cfg.clip_quantile and cfg.w_div),

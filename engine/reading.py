@@ -51,7 +51,10 @@ class PackedReader:
     def __call__(self, readings: list[Reading]) -> dict[str, Tensor]:
         ids, mask = self.batch.ids, self.batch.mask.bool()
         counts, everyone = mask.sum(1).tolist(), range(len(mask))
-        rows = [(k, b) for k, reading in enumerate(readings) for b in (everyone if reading.rows is None else reading.rows)]
+        # Of readings under the same prompts only the first is made: --contexts-include-teacher has one that is the teacher's own.
+        which = [(reading.prompts, everyone if reading.rows is None else reading.rows) for reading in readings]
+        first = [which.index(prompts_and_rows) for prompts_and_rows in which]
+        rows = [(k, b) for k in dict.fromkeys(first) for b in which[k][1]]
         lengths = [len(readings[k].prompts[b]) + counts[b] for k, b in rows]
         kept: dict[str, Tensor] = {}
         for group in passes(lengths, self.budget):
@@ -62,7 +65,8 @@ class PackedReader:
             for k, pairs in groupby(chosen, key=lambda row: row[0]):  # the rows of one reading
                 own = [b for _, b in pairs]
                 stop = start + sum(counts[b] for b in own)
-                self._keep(readings[k], states[start:stop], own, kept)
+                for same in (reading for reading, j in zip(readings, first, strict=True) if j == k):
+                    self._keep(same, states[start:stop], own, kept)
                 start = stop
             if self.tally is not None:
                 self.tally["read"] = self.tally.get("read", 0) + sum(lengths[i] for i in group)

@@ -96,7 +96,7 @@ def nodes(tree: ast.Module) -> list[ast.AST]:
 
 def mutants(only: list[str]) -> list[tuple[str, int, str, str]]:
     """(module, line, "before -> after", its whole changed source) of every mistake there is."""
-    found = []
+    found, show = [], lambda node: " ".join(ast.unparse(node).split())[:90]
     for name in only:
         tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
         for node in nodes(tree):
@@ -106,10 +106,6 @@ def mutants(only: list[str]) -> list[tuple[str, int, str, str]]:
                 found.append((name, node.lineno if hasattr(node, "lineno") else 0, f"{show(node)} -> {show(replaced)}", source))
                 Replace(replaced, node).visit(tree)  # put back: visiting changes in place
     return found
-
-
-def show(node: ast.AST) -> str:
-    return " ".join(ast.unparse(node).split())[:90]
 
 
 class Replace(ast.NodeTransformer):

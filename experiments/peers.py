@@ -6,13 +6,7 @@
 
 Two programs that were written apart and end at the same accuracy and the same drift are the best evidence there is that both
 compute what they say. Equal in both: base model, questions and their order, prompts, batch, steps, AdamW, learning rate by step,
-gradient clipping, temperature, divergence, frozen teacher. Not equal, and left as it is:
-  - SDFTTrainer takes the mean of each answer's mean, ours the mean over the step's tokens (--normalizer sequence is theirs);
-  - GKDTrainer shows its teacher the student's prompt. `WithReference` puts the reference in, so that both teachers know the same;
-  - GKDTrainer divides a sampled answer's loss by the number of the *reference's* tokens, which is what Trainer has counted before
-    the answers were sampled: steps on longer samples weigh more. The side "trl-own" divides by the tokens in the loss, as ours;
-  - the random numbers: other answers are drawn.
-Both results are measured by eval.py, so no difference can come from the measuring.
+gradient clipping, temperature, divergence, frozen teacher, and eval.py, which measures both; what is not: docs/cost.md.
 
 Depends on train.py, eval.py, TRL.   Try it:  python -m pytest tests/test_peers.py -q
 """

@@ -33,7 +33,6 @@ CLOSE, FACTOR = MARGINS["close"], math.log(MARGINS["factor"])
 # sign -> the bounds that the interval of a - b must keep: direction (1 from below, -1 from above), bound
 SIGNS = {">": [(1, 0.0)], "<": [(-1, 0.0)], "≥": [(1, -CLOSE)], "~": [(1, -CLOSE), (-1, -CLOSE)]}
 SIGNS["×"] = [(1, -FACTOR), (-1, -FACTOR)]  # of log(a / b) - log(the number after the sign)
-BUDGET = {"star-no-agreement": 0.0, "budget-10": 0.1, "budget-25": 0.25, "budget-50": 0.5, "unisd-star": 1.0}
 COLOURS = [INK[1], "black", INK[0], INK[2], INK[3], INK[4]]
 KINDS = {kind: (rows.split(), colour) for (kind, rows), colour in zip(PLAN["kinds"].items(), COLOURS, strict=True)}
 
@@ -196,28 +195,10 @@ def leave_one_out(found: dict):
     return finish(figure, "UniSD* with one thing changed: difference paired by seed, 95 % interval (seeds)", 2)
 
 
-def budget(found: dict):
-    """Accuracy against the share of the answers whose contexts are read, and how they are chosen."""
-    settings = [s for s in ("clean", "wrong") if sum(name in found.get(s, {}) for name in BUDGET) >= 3]
-    shares = {"by entropy": BUDGET, "by divergence": {"budget-25-divergence": 0.275}, "at random": {"budget-25-random": 0.225}}
-    figure, axes = plt.subplots(1, max(1, len(settings)), figsize=(9, 3.6), squeeze=False)
-    for axis, setting in zip(axes[0], settings, strict=False):
-        for (choice, share), colour, marker in zip(shares.items(), INK, "oDs", strict=False):
-            known = [(x, found[setting][name]) for name, x in share.items() if name in found[setting]]
-            points = [(x, *interval(runs, "accuracy"), len(runs)) for x, runs in known]
-            if points:
-                axis.errorbar(*list(zip(*points, strict=True))[:3], fmt=marker + "-", color=colour, lw=1, capsize=2, label=choice)
-            for x, y, _, n in points:
-                axis.annotate(f"({n})", (x, y), (4, 3), textcoords="offset points", size=7)
-        axis.set(title=setting, xticks=[*BUDGET.values()], ymargin=0.1, ylabel="accuracy, per cent")
-        axis.set_xlabel("share of answers with contexts (.25: side by side)")
-    return finish(figure, "UniSD* with agreement on a share of the answers only: mean and 95 % interval (seeds)", 3)
-
-
 FIGURES = {f"curves-{setting}": (curves, setting) for setting in ("clean", "wrong")}
 FIGURES |= {f"drift-{setting}": (scatter, setting, "jsd", "JSD to the base, nats per token") for setting in ("clean", "wrong")}
-FIGURES["cost"] = scatter, "clean", "step_of_sft", "step time / that of sft (bar: fastest to slowest seed)"
-FIGURES |= {"leave-one-out": (leave_one_out,), "budget": (budget,)}
+cost = scatter, "clean", "step_of_sft", "step time / that of sft (bar: fastest to slowest seed)"
+FIGURES |= {"cost": cost, "leave-one-out": (leave_one_out,)}
 
 
 def write(out: Path) -> list[str]:

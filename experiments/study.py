@@ -2,14 +2,14 @@
 
     python -m experiments.study --quick                      a first look: 4 recipes, 2 seeds; estimated 8 minutes on 2 cores
     python -m experiments.study                              the full study: 5 seeds; estimated just under 3 hours
-    python -m experiments.study --world real                 SmolLM2-135M instead of the tiny world; hours on a CPU
+    python -m experiments.study --world real                 SmolLM2-135M, hours on a CPU; regimes: a tiny world a mechanism
     python -m experiments.study --recipes budget-10 budget-50 --settings clean wrong       further rows join the same table
 
 The idea: a cell of the table is one ordinary `python train.py` in a process of its own, with one thread, at most one per core.
 After every cell <out>/cells.json (the numbers of every run) and <out>/table.md (their means) are written; at the end report.py
 adds figures and the page of claims. Stop it at any moment: the same command goes on, from cells.json alone if need be. No number
 is chosen by its result: whatever is finished is in the table, and whatever failed is named below it.
-Depends on tiny.toml, real.toml, config.py; train.py, report.py as commands.   Try it:  python -m pytest tests/test_study.py -q
+Depends on the three .toml beside it, config.py; train.py, report.py as commands.   Try it:  python -m pytest tests/test_study.py -q
 """
 
 import argparse
@@ -219,10 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     add, quick = parser.add_argument, f"{', '.join(QUICK)} in clean, {QUICK_SEEDS} seeds: estimated 8 minutes on 2 cores"
     rows = f"rows of the table (default: those of the full study): {', '.join(ROWS)}"
     add("--recipes", nargs="+", choices=ROWS, metavar="ROW", help=rows)
-    worlds = (
-        "tiny: the embedded model and its world; real: SmolLM2-135M on sums and on function calls; regimes: tiny worlds in which "
-    )
-    worlds += "what a mechanism was made for exists (default: %(default)s)"
+    worlds = "tiny; real: SmolLM2-135M on sums and function calls; regimes: a tiny world for each mechanism (default: %(default)s)"
     add("--world", choices=WORLDS, default="tiny", help=worlds)
     add("--settings", nargs="+", choices=SETTINGS, help="what the data are like (default: all; with --recipes: the world's first)")
     add("--seeds", type=int, help="seeds 0 ... N-1 (default: 5 in the tiny world and the regimes, 3 in the real one)")

@@ -217,9 +217,8 @@ def other_slip(item: Item) -> str:
 
 
 def distinct(families: Sequence[str], each: int, seed: int, test: bool, ood: bool = False) -> Iterator[tuple[Item, random.Random]]:
-    """`each` different questions per family, interleaved, the same for the same seed. Raises ValueError if there are too few.
-    -> each with the generator, which then draws the rest of its example
-    """
+    """`each` different questions per family, interleaved, the same for the same seed, and the generator that draws what else an
+    example needs. Raises ValueError if there are too few."""
     rng, seen = random.Random(f"{seed}-{test}-{ood}"), set()
     for _ in range(each):
         for family in families:
@@ -233,26 +232,24 @@ def distinct(families: Sequence[str], each: int, seed: int, test: bool, ood: boo
             yield item, rng
 
 
-def load(train_size: int = 4000, test_size: int = 100, wrong_references: float = 0.0, seed: int = 0, kind: str = "blotted") -> Task:
+def load(
+    train_size: int = 4000, test_size: int = 100, wrong_references: float = 0.0, seed: int = 0, references: str = "blotted"
+) -> Task:
     """The tiny world as a Task. The test questions are the same for every seed; test_size is per family.
 
-    `kind`: of references, see to_example. Raises ValueError if train_size is below one question per family, or if there are not so
-    many different questions.
+    `references`: their kind, see to_example. Raises ValueError if train_size is below one question per family, or if there are
+    not so many different questions.
     """
     if train_size < len(FAMILIES):
         raise ValueError(f"--train-size {train_size} is less than one question for each of {len(FAMILIES)} families")
-    example = lambda item, rng, wrong: to_example(item, rng, rng.random() < wrong, kind)
-    lessons = {
-        item.question: (item, example(item, rng, wrong_references))
-        for item, rng in distinct(FAMILIES, train_size // len(FAMILIES), seed, test=False)
-    }
-    train = [lesson for _, lesson in lessons.values()]
-    test = [example(*one, 0.0) for one in distinct(FAMILIES, test_size, seed=-1, test=True)]
-    ood = [example(*one, 0.0) for one in distinct(OOD_FAMILIES, test_size, seed=-1, test=True, ood=True)]
-
-    def fresh(e: Example, k: int) -> str:
-        return example(lessons[e.question][0], random.Random(f"{seed}-{k}-{e.question}"), wrong_references).reference
-
+    example = lambda item, rng, wrong=0.0: to_example(item, rng, rng.random() < wrong, references)
+    items, train = {}, []
+    for item, rng in distinct(FAMILIES, train_size // len(FAMILIES), seed, test=False):
+        items[item.question] = item
+        train.append(example(item, rng, wrong_references))
+    test = [example(*drawn) for drawn in distinct(FAMILIES, test_size, seed=-1, test=True)]
+    ood = [example(*drawn) for drawn in distinct(OOD_FAMILIES, test_size, seed=-1, test=True, ood=True)]
+    fresh = lambda e, k: example(items[e.question], random.Random(f"{seed}-{k}-{e.question}"), wrong_references).reference
     return Task("tiny", train, test, score, ood, WORDING, max_new_tokens=40, fresh=fresh)
 
 

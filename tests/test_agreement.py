@@ -25,6 +25,19 @@ def test_sequence_disagreement_by_hand():
     assert_close(disagreement(READINGS, MASK, "sequence", "range"), torch.tensor([5 / 6, 1.0]))
 
 
+def test_probabilities_disagree_less_about_what_all_reject():
+    """1e-9 against 1e-6 differs by 6.9 nats, and by nothing that matters; .9 against .3 differs by .6."""
+    readings, mask = torch.tensor([[[1e-9, 0.9]], [[1e-6, 0.3]]], dtype=torch.float64).log(), torch.ones(1, 2)
+    assert_close(disagreement(readings, mask, "token", "prob"), torch.tensor([[(1e-6 - 1e-9) ** 2 / 2, 0.6**2 / 2]]).double())
+    rejected, disputed = disagreement(readings, mask, "token", "var")[0]
+    assert rejected > 30 * disputed
+    # sequence: geometric means (1e-9 * .9) ** .5 and (1e-6 * .3) ** .5; the variance of two is (difference / 2) ** 2
+    means = [(1e-9 * 0.9) ** 0.5, (1e-6 * 0.3) ** 0.5]
+    assert disagreement(readings, mask, "sequence", "prob").item() == pytest.approx(((means[1] - means[0]) / 2) ** 2)
+    with pytest.raises(ValueError, match="at least 2 contexts"):
+        disagreement(readings[:1], mask, "token", "prob")
+
+
 def test_token_weights_by_hand():
     delta = torch.tensor([[0.0, 2.0, 1.0], [4.0, 100.0, 0.0]])
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
@@ -64,7 +77,7 @@ def test_what_is_masked_does_not_matter():
     other = READINGS.clone()
     other[:, 1, 2] = torch.tensor([torch.nan, 1e30])
     for level in ("token", "sequence"):
-        for stat in ("var", "range"):
+        for stat in ("var", "range", "prob"):
             assert_close(disagreement(other, MASK, level, stat), disagreement(READINGS, MASK, level, stat))
     loss = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, torch.nan]])
     assert weighted_mean(loss, MASK, torch.ones(2, 3)).item() == 3.0

@@ -87,6 +87,32 @@ def test_the_grid(lm, kind, with_reference, tmp_path, few_instructions):
     assert contexts.prepare(lm, TASK, cfg, tmp_path) == prepared
 
 
+def shown_in(lm, prompt):
+    return lm.tokenizer.decode(prompt).rsplit("hint: ", 1)[1].partition("<|im_end|>")[0]
+
+
+def test_contexts_with_references_of_their_own(lm):
+    """Each of the K draws blots and mistakes anew, the same ones every time; question, teacher and demonstrations stay."""
+    task = world.load(500, 2, wrong_references=0.35)
+    own, fresh = make("agree-token", wrong_references=0.35), make("agree-token", wrong_references=0.35, fresh_references=True)
+    differ, wrong = 0, 0
+    for i in range(60):
+        (before, _), (after, _), (again, _) = (contexts.encode(lm.tokenizer, task, i, cfg, {}) for cfg in (own, fresh, fresh))
+        assert after == again and {**before, "contexts": 0} == {**after, "contexts": 0}
+        assert {shown_in(lm, prompt) for prompt in before["contexts"]} == {shown_in(lm, before["teacher"])}
+        shown = [shown_in(lm, prompt) for prompt in after["contexts"]]
+        assert shown == [task.fresh(task.train[i], k) for k in range(3)]
+        differ += len({*shown, shown_in(lm, after["teacher"])}) > 1
+        wrong += sum(not v["correct"] for v in task.score([task.train[i]] * 3, shown) if "_" not in "".join(shown))
+    assert differ > 40 and wrong > 3
+
+
+def test_the_teachers_own_reading_can_be_one_of_the_contexts(lm):
+    plain, cfg = make("agree-token"), make("agree-token", contexts_include_teacher=True)
+    (before, _), (after, _) = (contexts.encode(lm.tokenizer, TASK, 7, c, {}) for c in (plain, cfg))
+    assert after["contexts"] == [after["teacher"], *before["contexts"][1:]] and before["contexts"][0] != before["teacher"]
+
+
 def test_the_cache_is_used_while_its_stamp_holds_and_made_again_when_not(lm, tmp_path, monkeypatch):
     cfg = make("agree-token", context_kind="retrieval")
     first = contexts.prepare(lm, TASK, cfg, tmp_path)

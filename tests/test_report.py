@@ -99,7 +99,7 @@ def test_every_rule_speaks_of_rows_and_metrics_that_exist():
             me, sign, *others = rest.split()
             assert metric in report.METRICS and sign[0] in "<>≥~×" and others
             assert {me, *others} <= set(study.ROWS)
-    assert {n for members, *_ in report.KINDS.values() for n in members} | set(report.BUDGET) <= set(study.ROWS)
+    assert {n for members, *_ in report.KINDS.values() for n in members} <= set(study.ROWS)
 
 
 def test_a_page_from_nothing_and_from_little(tmp_path):
@@ -159,7 +159,7 @@ def test_verdicts_on_the_page(study_of_ours):
 def test_figures_can_be_looked_at(study_of_ours):
     out, drawn = study_of_ours, report.write(study_of_ours)
     assert (out / "claims.md").read_text() == report.page(study.read(out), drawn)
-    assert drawn == ["curves-clean", "drift-clean", "cost", "leave-one-out", "budget"]
+    assert drawn == ["curves-clean", "drift-clean", "cost", "leave-one-out"]
     for name in drawn:
         picture = out / f"figures/{name}.png"
         image = plt.imread(picture)[..., :3]

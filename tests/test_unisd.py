@@ -524,6 +524,29 @@ def test_the_packed_reader_is_the_plain_one(model, budget):
         assert (kept["some"][[0, 2]] == 0).all()
 
 
+@pytest.mark.parametrize("budget", [20, 10_000])
+def test_equal_readings_are_made_once(model, budget):
+    """--contexts-include-teacher: context 0 is the teacher's own reading. Same numbers, and one pass over the answers less."""
+    batch, m, tallies = batch_of(), EVERYTHING, [{}, {}]
+    head = head_of(model, VOCAB).detach()
+    included = replace(batch, contexts=[batch.teacher, *batch.contexts[1:]])
+    score_teachers(PackedReader(model, head, batch, budget, 3, tallies[0]), batch, m)
+    packed = score_teachers(PackedReader(model, head, included, budget, 3, tallies[1]), included, m)
+    plainly = score_teachers(read_plainly(model, head, included), included, m)
+    for name in ("states", "negative", "contexts"):
+        assert_close(getattr(packed, name), getattr(plainly, name), **EXACT)
+    spared = sum(map(len, batch.contexts[0])) + int(batch.mask.sum())
+    assert tallies[0]["read"] - tallies[1]["read"] == spared
+    rows = [
+        Reading("all", batch.teacher, 1.0),
+        Reading("some", batch.teacher, 1.0, rows=[1]),
+        Reading("none", batch.teacher, 1.0, rows=[]),
+    ]
+    kept = PackedReader(model, head, batch, budget, 3)(rows)  # the same prompts, but not the same answers: all are read
+    assert_close(kept["some"][1], kept["all"][1], **EXACT)
+    assert not kept["some"][0].any() and not kept["none"].any()
+
+
 def test_the_core_alone_makes_the_trainers_step(model):
     """A notebook's way: one process, whole tensors, no engine. Value and gradient are those of the trainer's step."""
     batch, m = batch_of(), replace(EVERYTHING, clip=0.5)

@@ -2,9 +2,11 @@
 
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
+from engine.config import Config
 from engine.metrics import measure
 from tasks import world
 from tasks.data import Example
@@ -37,11 +39,29 @@ def test_a_sum_by_hand():
 
 
 def test_right_and_wrong_reference_differ_in_content_not_in_form():
-    for e in distinct(FAMILIES, 60, seed=3, test=False):
+    for e in world.load(300, 1, seed=3).train:
         blots = lambda text: [m.start() for m in re.finditer("_", text)]
         assert e.reference != e.negative or "_" in e.reference
         if e.task != "tool" and len(e.reference) == len(e.negative):
             assert blots(e.reference) == blots(e.negative)
+
+
+def test_kinds_of_references():
+    """They differ in nothing but the references: whoever compares two kinds compares the same questions in the same order."""
+    tasks = {
+        kind: world.load(1000, 20, 0.2, references=kind) for kind in Config.__dataclass_fields__["references"].metadata["choices"]
+    }
+    plain = tasks["blotted"]
+    assert plain.fingerprint() == world.load(1000, 20, 0.2).fingerprint()
+    strip = lambda task: [replace(e, reference="x", negative="") for e in task.train + task.test + task.ood]
+    assert all(strip(task) == strip(plain) for task in tasks.values())
+    unreadable = lambda task: sum(e.reference.count("_") for e in task.train)
+    assert unreadable(tasks["faint"]) > 2 * unreadable(plain)
+    hidden = {kind: sum(e.reference == e.negative for e in task.train) for kind, task in tasks.items()}
+    assert hidden["blotted"] > 100 and hidden["distinct"] == 0
+    odd = [(e, e0) for e, e0 in zip(tasks["odd"].train, plain.train, strict=True) if e != e0]
+    assert 60 < len(odd) < 140 and all(e.reference == world.ODD.format(e0.reference) for e, e0 in odd)
+    assert all(e.negative == world.ODD.format(e0.negative) and e.target == e0.target for e, e0 in odd)
 
 
 def test_blots():
@@ -95,7 +115,7 @@ def test_where_the_reference_is_wrong_the_negative_is_wrong_too(family):
 @pytest.mark.slow
 def test_the_world_is_finite_and_says_so():
     with pytest.raises(ValueError, match="--eval-size"):
-        distinct(("choice",), 3000, -1, test=True, ood=True)
+        list(distinct(("choice",), 3000, -1, test=True, ood=True))
     with pytest.raises(ValueError, match="--train-size 4"):
         world.load(train_size=4)
 
