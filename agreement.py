@@ -2,15 +2,15 @@
 
 The teacher that gives D saw question and reference; its opinion of a token may be an accident of that one prompt. So the
 *same* written tokens are read under K further prompts: a solved example of another question, then the question with (by
-default) the same reference. The teacher's own reading is none of the K. Where the K differ, the token (or the whole
-sequence) counts less.
+default) the same reference. The teacher's own reading is none of the K, unless it is asked for. Where the K differ, the
+token (or the whole sequence) counts less.
 UniSD (arXiv 2605.06597), eq. 2:
 
     l_t^k = log p_teacher(y_t | x, c_k, y_<t)          (K, B, T)  the written token's log-prob under context k
     token     d_t = A({l_t^k}_k)      w_t = max(1 / (1 + gamma min(d_t / q, cap)), floor)
                                       q   = max(quantile_0.95 of d over unmasked tokens, 1e-6)
     sequence  d   = A({L^k}_k)        w   = exp(-gamma d),    L^k = mean of l_t^k over unmasked tokens
-    A = variance or range (max - min)
+    A = variance or range (max - min) of the logarithms, or variance of the probabilities (ours)
 
 Weights carry no gradient, the weighted mean does. A gradient through the weights would offer a shortcut: lower the loss
 by making hard tokens count less. So weights are measured first, and then used as constants.
@@ -66,7 +66,7 @@ def token_weights(
             "every token is masked: there is nothing to weigh (is max_new_tokens too small, or was the completion cut?)"
         )
     # Why divide by q: it turns a disagreement into a comparison with the batch, 1 where the most disputed 5 % begin. So
-    # gamma means the same for variance (nats squared) and range (nats). At gamma = 1, a token at q weighs 1/2; at the
+    # gamma means the same for var (nats squared), range (nats) and prob (no unit). At gamma = 1, a token at q weighs 1/2; at the
     # paper's .01 it weighs .99, and because of the cap no token weighs less than 1 / (1 + .01 * 10) = .91: the floor acts
     # only above gamma = 9.9. If more than 95 % of the tokens agree exactly, q is 1e-6, and every other one is at the cap.
     # The trap: a disputed token is often the very one on which the reference has something to teach.

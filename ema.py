@@ -1,6 +1,6 @@
 """ema.py - a slow copy of what is being trained.
 
-With --teacher ema (the default is frozen) the teacher's weights are a running average of the student's. A frozen teacher
+With --teacher ema (the recipes ema and unisd-star) the teacher's weights are a running average of the student's. A frozen teacher
 never improves, and the student itself as teacher repeats its latest accident; an average follows slowly, and the noise of
 single steps cancels in it.
 UniSD (arXiv 2605.06597), eq. 3, every S optimizer steps:

@@ -75,7 +75,8 @@ def task_of(cfg: Config) -> tuple[Task, dict]:
     at_hand = cfg.data == "tiny" or jsonl.is_file(cfg.data)
     # Where nothing is trained, a hub's training data is not even downloaded.
     sizes = dict(train_size=cfg.train_size if at_hand or cfg.steps or cfg.epochs else None, test_size=cfg.eval_size)
-    return catalog.load_task(cfg.data, **sizes, wrong_references=cfg.wrong_references, references=cfg.references, seed=cfg.seed)
+    tiny = dict(wrong_references=cfg.wrong_references, references=cfg.references) if cfg.data == "tiny" else {}
+    return catalog.load_task(cfg.data, **sizes, **tiny, seed=cfg.seed)
 
 
 def place(cfg: Config) -> tuple[torch.device, Alone]:

@@ -73,7 +73,7 @@ class Config(Mechanisms):
     ema_decay: float = opt(0.9, "share of the old teacher kept at each update")
     ema_every: int = opt(10, "optimizer steps between two EMA updates")
     contexts: int = opt(3, "K: how many contexts the agreement compares")
-    contexts_include_teacher: bool = opt(False, "the teacher's own reading is one of the K")
+    contexts_include_teacher: bool = opt(False, "the teacher's own prompt takes the place of the first of the K")
     agreement_budget: float = opt(1.0, "score contexts for this share of the sequences, the least certain; others keep weight 1")
     uncertainty: str = opt(
         "entropy", "by the teacher's entropy, its divergence (one more pass), or at random", ("entropy", "divergence", "random")
@@ -81,7 +81,7 @@ class Config(Mechanisms):
     demos: int = opt(1, "solved examples in each context")
     context_kind: str = opt("random", "a context shows random or similar solved examples, or an induced instruction", CONTEXT_KINDS)
     context_reference: bool = opt(True, "contexts also hold the question's own reference")
-    fresh_references: bool = opt(False, "tiny world: each context holds a reference of its own, with other blots and mistakes")
+    fresh_references: bool = opt(False, "tiny world: each context's reference has other blots, and is wrong or not by itself")
     negatives: str = opt("rule", "wrong references: by rule, or model-written; both verified wrong", ("rule", "model"))
     # --- sampling
     on_policy: float = opt(1.0, "share of the steps trained on the student's own answers; the others use the references")
@@ -111,7 +111,7 @@ class Config(Mechanisms):
     dtype: str = opt("auto", "matmul precision; weights stay fp32; fp16 scales the loss", ("auto", "fp32", "bf16", "fp16"))
     # --- data
     wrong_references: float = opt(0.0, "tiny world: share of training questions whose reference is wrong")
-    references: str = opt("blotted", "tiny world: what they are like", ("blotted", "faint", "distinct", "odd"))
+    references: str = opt("blotted", "tiny world: their kind, see docs/when-it-helps.md", ("blotted", "faint", "distinct", "odd"))
     train_size: int = opt(4000, "number of training questions (0 = all that a data set has)")
     # --- watching
     eval_size: int = opt(100, "held-out questions before and after: per family of the tiny world, else per data set (0 = all)")
@@ -250,7 +250,8 @@ def without_effect(cfg: Config) -> Iterator[str]:
         yield "--agreement has no effect: --gamma or --agreement-budget is 0, so every weight is 1 and no context is read"
     for name, acts in (("contexts_include_teacher", True), ("fresh_references", cfg.context_reference)):
         if vars(cfg)[name] and not (cfg.uses_agreement and acts):
-            yield f"{flag(name)} has no effect: no context is read, or none with a reference (--agreement, --context-reference)"
+            why = "holds a reference (see --context-reference)" if cfg.uses_agreement else "is read (see --agreement)"
+            yield f"{flag(name)} has no effect: no context {why}"
     own_samples = cfg.sampler == "student" and cfg.on_policy == 1 and cfg.temperature == cfg.distill_temperature
     if cfg.estimator == "sampled" and not own_samples:
         fix = "set --temperature and --distill-temperature equal, --on-policy 1 and --sampler student"

@@ -151,7 +151,7 @@ def encode(tokenizer, task: Task, i: int, cfg, prepared: dict) -> tuple[dict, in
         shown = random_demos(task.train, i, cfg.contexts, cfg.demos, cfg.seed) if drawn else prepared["shown"][i]
         references = [task.fresh(e, k) if cfg.fresh_references else e.reference for k in range(cfg.contexts)]
         contexts = [context_ids(tokenizer, task, i, cfg, *both) for both in zip(shown, references, strict=True)]
-        contexts[0] = teacher if cfg.contexts_include_teacher else contexts[0]  # engine/reading.py does not read it twice
+        contexts[0] = teacher if cfg.contexts_include_teacher else contexts[0]  # not read twice, if all are (reading.py)
     return {"student": student, "teacher": teacher, "negative": negative, "contexts": contexts}, cut
 
 

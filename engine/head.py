@@ -2,7 +2,7 @@
 
 A vocabulary head turns a state of H = 896 numbers into V = 151,936 logits. Written the obvious way, a step of N = 4,000 tokens
 makes a dozen tensors of N*V numbers: 2.4 GB each. Here the head is applied to a *chunk* of tokens, the chunk's gradient is
-taken at once, and only then is the next chunk made, so no such tensor ever exists. The formula stays in unisd.py, once; this
+taken at once, and only then is the next chunk made: beyond a chunk, memory does not grow. The formula stays in unisd.py, once; this
 file exists so that nobody has to write it a second time to save memory.
 
 Three sizes, each a multiple of the next (`tokens_per_chunk`):

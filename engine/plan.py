@@ -9,7 +9,7 @@ Steps, passes by mechanism, EMA updates, and an estimate of memory and time. Of 
     work     2 P per token read, 6 P per token trained (a third more with gradient checkpointing), 2 P per token sampled
 
 The time is that work over the share of a matrix product's speed here that language models usually reach: a factor of 2 or 3 off.
-Depends on ema.py, config.py, head.py, parallel.py, rollout.py, tasks/jsonl.py.   Try it:  python -m pytest tests/test_plan.py -q
+Depends on ema.py, most of engine/, tasks/jsonl.py.   Try it:  python -m pytest tests/test_plan.py -q
 """
 
 import warnings
@@ -72,7 +72,7 @@ def steps_of(cfg: Config, questions: int) -> int:
 
 def passes_of(cfg: Config) -> dict[str, float]:
     """Model passes over a step's answers, by what asks for them; a share of the answers is a share of a pass."""
-    spared = cfg.contexts_include_teacher and cfg.agreement_budget >= 1  # one of a share of the answers is read by itself, later
+    spared = cfg.contexts_include_teacher and cfg.agreement_budget >= 1  # those of a share are read in a second round, its own too
     passes = {
         "student, with gradient": 1,
         "teacher": cfg.uses_teacher,

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# gpu.sh - everything that only a GPU can tell, in nine minutes at most (time limits):  bash experiments/gpu.sh OUT [WHEELS]
+# gpu.sh - everything that only a GPU can tell, in eleven minutes at most (time limits):  bash experiments/gpu.sh OUT [WHEELS]
 #
 # In the order of worth, each part under its own time limit and with its numbers in OUT as soon as it ends, so that a run that is
 # cut off still counts. PARTS="a b" does only these:

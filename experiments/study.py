@@ -2,7 +2,7 @@
 
     python -m experiments.study --quick                      a first look: 4 recipes, 2 seeds; estimated 8 minutes on 2 cores
     python -m experiments.study                              the full study: 5 seeds; estimated just under 3 hours
-    python -m experiments.study --world real                 SmolLM2-135M, hours on a CPU; regimes: a tiny world a mechanism
+    python -m experiments.study --world real                 SmolLM2-135M, hours on a CPU; or regimes: docs/when-it-helps.md
     python -m experiments.study --recipes budget-10 budget-50 --settings clean wrong       further rows join the same table
 
 The idea: a cell of the table is one ordinary `python train.py` in a process of its own, with one thread, at most one per core.

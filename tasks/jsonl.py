@@ -60,7 +60,6 @@ def load_jsonl(
 ) -> tuple[Task, dict]:
     """A Task from your own file (see the top of this one), and the manifest of what became of its lines. Sizes of 0 mean all.
     The seed only picks the negatives; without `negatives` none are made and no code is run.
-
     Raises ValueError if the file cannot be read, if no line is good, or if the good ones leave nothing to train on or to test.
     """
     warn = lambda message: warnings.warn(f"{path}: {message}", stacklevel=3)
@@ -169,7 +168,6 @@ def failing_lines(lines: Sequence[Line]) -> list[int]:
 def split_lines(path, good: list[Line], share: float) -> tuple[list[Line], list[Line]]:
     """(train, test), each in the order of the file. Without a split field, by a hash of the question and never by the seed:
     what one run was trained on, no other may be tested on. Two lines with the same question stay together.
-
     Raises ValueError if a side is left empty.
     """
     if any(line.split for line in good):

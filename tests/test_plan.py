@@ -81,8 +81,8 @@ def test_the_memory_formula_against_a_measured_step(shape, recipe, monkeypatch):
     run = bench.shaped_run(recipe, torch.device("cpu"))
     run.cfg.max_new_tokens, run.cfg.max_prompt_tokens = 60, 100
     for x in run.prompts.values():
-        x.update(student=[5] * 100, teacher=[5] * 140, negative=[5] * 140, answer=[7] * 60)
-        x["contexts"] = [[5] * 140 for _ in x["contexts"]]
+        x.update(student=[5] * 100, teacher=[5] * 140, negative=[6] * 140, answer=[7] * 60)
+        x["contexts"] = [[8 + k] * 140 for k in range(len(x["contexts"]))]  # of equal prompts only one would be read
     bench.one_step(run)
     averages = [s for e in (run.average, run.frozen) if e for s in e.shadow.values()]
     held = [*run.lm.model.parameters(), *averages]

@@ -326,6 +326,9 @@ REFUSED = {
     ("--data", "mbpp"): "not cached here",
     ("--train-size", "0"): "--train-size and --eval-size must be at least 1",
     ("--data", "mbpp", "--wrong-references", "0.2"): "tiny world only",
+    ("--data", "mbpp", "--references", "faint"): "tiny world only",
+    ("--data", "mbpp", "--fresh-references"): "tiny world only",
+    ("--references", "pale"): "invalid choice: 'pale'",
     ("--w-div", "0", "--w-contrast", "0", "--w-match", "0"): "nothing to minimise",
     ("--batch", "0"): "--batch must be at least 1",
     ("--temperature", "0"): "--temperature must be above 0",
@@ -358,6 +361,11 @@ def test_warned_about(tmp_path):
         make("match-repr", agreement="token")
     with pytest.warns(UserWarning, match="never moves"):
         make("ema", steps=5)
+    for name in ("contexts_include_teacher", "fresh_references"):
+        with pytest.warns(UserWarning, match=name.replace("_", "-") + " has no effect: no context is read"):
+            make("sd", **{name: True})
+    with pytest.warns(UserWarning, match="--fresh-references has no effect: no context holds a reference"):
+        make("agree-token", fresh_references=True, context_reference=False)
 
 
 @pytest.mark.parametrize("recipe, shown, said", [("sd", 40.0, 1), ("sd", 40.1, 0), ("sft", 10.0, 0)])
