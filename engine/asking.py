@@ -26,7 +26,7 @@ TEXTS = {
     "--html": "a file for a page: a card for each token with the five likeliest of student and teacher, and all prompts",
 }
 SETTINGS = "contexts demos context_reference agreement gamma stat divergence alpha clip w_contrast margin max_new_tokens"
-SETTINGS = [*SETTINGS.split(), "max_prompt_tokens", "seed", "date", "device", "dtype"]
+SETTINGS = [*SETTINGS.split(), "contexts_include_teacher", "max_prompt_tokens", "seed", "date", "device", "dtype"]
 DEFAULTS = dict(contexts="3 with --data, else 0 = none", agreement="token", w_contrast="0.1 with a wrong reference")
 EPILOG = """questions of the tiny world, whose references are known:
   "89+72"     "largest: A 47, B 38, C 91"     "where is bell: mill, cave, port, barn"

@@ -1,6 +1,7 @@
 """The command: its table, its files, several tasks at once, and what it says when one cannot be had."""
 
 import json
+import shutil
 
 import pytest
 
@@ -66,6 +67,17 @@ def test_numbers_that_make_no_sense_are_refused_by_name(flags, capsys):
     with pytest.raises(SystemExit):
         command.main(["--model", "tiny", *flags])
     assert f"argument {flags[0]}: {flags[1]} is below" in capsys.readouterr().err
+
+
+def test_the_references_are_of_the_kind_that_the_run_had(tmp_path):
+    """Else "with reference" would be another number than the ceiling in the run's own summary."""
+    run = shutil.copytree(TINY, tmp_path / "run")
+    (run / "settings.json").write_text(json.dumps({"model": "tiny", "recipe": "sd", "seed": 0, "references": "odd"}))
+    for model, odd in ((str(run), True), ("tiny", False)):
+        out = tmp_path / f"odd-{odd}"
+        assert command.main(["--model", model, "--size", "6", "--device", "cpu", "--out", str(out)]) == 0
+        rows = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+        assert any("i think that it may be" in row["reference"] for row in rows) == odd
 
 
 def test_ctrl_c_is_one_line(monkeypatch, capsys):
