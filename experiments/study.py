@@ -65,11 +65,11 @@ def run(cell: Cell, out: Path, extra: list[str]) -> str:
     fixed = ["--seed", str(cell.seed), "--out", str(folder), "--sample-every", "0", "--teacher-every", "60"]
     command = [sys.executable, "train.py", *fixed, *SETTINGS[cell.setting], *ROWS[cell.row], *extra, *resume]
     (folder / "failed.txt").unlink(missing_ok=True)  # train.py wants a folder without files of others
-    how = dict(capture_output=True, text=True, errors="replace", check=False)  # a console of another encoding than the locale's
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **how)
+    with (folder / ".said").open("w") as said:  # a file, no pipe: whoever kills the study does not end its runs
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=said, stderr=said, check=False)
     if done.returncode in (0, 130):  # 130: stopped by hand
         return ""
-    reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    reason = ((folder / ".said").read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
     (folder / "failed.txt").write_text(reason + "\n", encoding="utf-8")
     return reason
 

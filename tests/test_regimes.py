@@ -27,7 +27,7 @@ def found():
 
 
 def came_out(found, comparison):
-    """"odd: clip - sd" -> ("−3.4 ± 1.2", mean, half, seeds), or None if it was not run."""
+    """ "odd: clip - sd" -> ("−3.4 ± 1.2", mean, half, seeds), or None if it was not run."""
     setting, _, rows = comparison.partition(": ")
     row, _, against = rows.partition(" - ")
     runs = found.get(setting, {})

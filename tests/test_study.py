@@ -4,6 +4,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 
@@ -129,6 +131,26 @@ def test_a_failed_run_is_named_until_it_succeeds(tmp_path, capsys):
     fast = "--steps 1 --batch 2 --eval-size 1 --train-size 50 --teacher-every 0".split()
     assert study.run(study.Cell("clean", "sd", 0), tmp_path, fast) == ""
     assert "failed" not in study.write(study.read(tmp_path), tmp_path)
+
+
+@pytest.mark.slow
+def test_a_killed_study_leaves_its_runs_alive(tmp_path):
+    """It once read them through a pipe: the first line that a run then wrote to nobody ended it, without a checkpoint."""
+    fast = "--train --steps 12 --batch 8 --micro-batch 8 --eval-size 1 --train-size 50 --teacher-every 0 --device cpu".split()
+    command = [sys.executable, "-m", "experiments.study", "--recipes", "sd", "--seeds", "1", "--out", str(tmp_path), *fast]
+    with subprocess.Popen(command, cwd=study.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as begun:
+        folder = tmp_path / "runs/clean/sd-seed0"
+        wait_for(folder / "log.jsonl")
+        begun.kill()
+    wait_for(folder / "summary.json")
+    assert len((folder / "log.jsonl").read_text().splitlines()) == 12
+
+
+def wait_for(path, seconds=90):
+    while not path.exists() and seconds > 0:
+        time.sleep(0.2)
+        seconds -= 0.2
+    assert path.exists()
 
 
 def test_ctrl_c_begins_nothing_further(tmp_path, monkeypatch, capsys):
