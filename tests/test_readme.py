@@ -345,6 +345,8 @@ def test_the_transcript_of_the_real_model_is_that_of_the_published_run():
     habit = {part: opens(part) for part in ("with_reference", "after")}
     told = "after training {after}, with the reference {with_reference} of 100 answers"
     assert len(calls) == 100 and told.format(**habit) in DOCS["results.md"]
+    right = [sum(row[f"{part}_correct"] for row in calls) for part in ("before", "after")]
+    assert "of the 100 held-out ones {} → {} are right".format(*right) in DOCS["results.md"]
     assert f"{cell['before']:.1f} → {cell['accuracy']:.1f}, ceiling {cell['ceiling']:.1f}" in DOCS["results.md"]
 
 
