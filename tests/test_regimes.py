@@ -38,7 +38,7 @@ def came_out(found, comparison):
         mean, half, n, form = difference.mean, difference.half, difference.n, "{:+.1f} ± {:.1f}"
     else:
         (mean, half), n, form = study.spread(r["accuracy"] for r in runs[row].values()), len(runs[row]), "{:.1f} ± {:.1f}"
-    return minus(form.format(mean, half)), mean, half, n
+    return minus(form.format(mean, half)).replace(" ± nan", ""), mean, half, n
 
 
 def test_every_row_of_the_plan_is_a_known_one_and_every_comparison_was_planned():
