@@ -72,7 +72,7 @@ def steps_of(cfg: Config, questions: int) -> int:
 
 def passes_of(cfg: Config) -> dict[str, float]:
     """Model passes over a step's answers, by what asks for them; a share of the answers is a share of a pass."""
-    spared = cfg.contexts_include_teacher and cfg.agreement_budget >= 1  # those of a share are read in a second round, its own too
+    spared = cfg.contexts_include_teacher and cfg.agreement_budget >= 1  # below 1, contexts have a round of their own
     passes = {
         "student, with gradient": 1,
         "teacher": cfg.uses_teacher,

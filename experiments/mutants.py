@@ -96,7 +96,8 @@ def nodes(tree: ast.Module) -> list[ast.AST]:
 
 def mutants(only: list[str]) -> list[tuple[str, int, str, str]]:
     """(module, line, "before -> after", its whole changed source) of every mistake there is."""
-    found, show = [], lambda node: " ".join(ast.unparse(node).split())[:90]
+    found = []
+    show = lambda node: " ".join(ast.unparse(node).split())[:90]
     for name in only:
         tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
         for node in nodes(tree):

@@ -197,8 +197,8 @@ def leave_one_out(found: dict):
 
 FIGURES = {f"curves-{setting}": (curves, setting) for setting in ("clean", "wrong")}
 FIGURES |= {f"drift-{setting}": (scatter, setting, "jsd", "JSD to the base, nats per token") for setting in ("clean", "wrong")}
-cost = scatter, "clean", "step_of_sft", "step time / that of sft (bar: fastest to slowest seed)"
-FIGURES |= {"cost": cost, "leave-one-out": (leave_one_out,)}
+FIGURES["cost"] = scatter, "clean", "step_of_sft", "step time / that of sft (bar: fastest to slowest seed)"
+FIGURES["leave-one-out"] = (leave_one_out,)
 
 
 def write(out: Path) -> list[str]:

@@ -66,7 +66,7 @@ class Task:
     ood: list[Example] = field(default_factory=list)  # harder, out-of-distribution test questions
     wording: Wording = field(default_factory=Wording)
     max_new_tokens: int = 1024
-    fresh: Callable[[Example, int], str] | None = None  # (example, k) -> another reference, with blots and mistakes of its own
+    fresh: Callable[[Example, int], str] | None = None  # (example, k) -> another reference: other blots, wrong or not by itself
 
     def fingerprint(self) -> str:
         """A hash of all examples in order: equal hashes mean the same data, whatever the recipe."""

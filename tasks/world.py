@@ -202,7 +202,8 @@ def to_example(item: Item, rng: random.Random, wrong: bool = False, kind: str = 
     "faint" has more than twice as many, "odd" wraps one in ten in words that the base has never met.
     """
     draws = [rng.random() for _ in range(40)]
-    more = random.Random(str(draws[0]))  # what a kind needs beyond them: the questions are the same for all kinds
+    # What two kinds need beyond them is drawn elsewhere: the questions are the same for all kinds.
+    more = random.Random(str(draws[0])) if kind in ("distinct", "odd") else None
     texts = (item.wrong, other_slip(item)) if wrong else (item.terse, item.wrong)
     both = lambda: [blotted(text, draws, FAINT if kind == "faint" else BLOT) for text in texts]
     while kind == "distinct" and len(set(both())) == 1:
@@ -232,9 +233,7 @@ def distinct(families: Sequence[str], each: int, seed: int, test: bool, ood: boo
             yield item, rng
 
 
-def load(
-    train_size: int = 4000, test_size: int = 100, wrong_references: float = 0.0, seed: int = 0, references: str = "blotted"
-) -> Task:
+def load(train_size: int = 4000, test_size: int = 100, wrong_references: float = 0.0, seed=0, references: str = "blotted") -> Task:
     """The tiny world as a Task. The test questions are the same for every seed; test_size is per family.
 
     `references`: their kind, see to_example. Raises ValueError if train_size is below one question per family, or if there are

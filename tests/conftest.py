@@ -8,6 +8,7 @@ import json
 import os
 import runpy
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -93,6 +94,14 @@ def steps_of(folder, recipe="unisd-star", last=None, **settings):
     if last:
         checkpoint.save(run)
     return run, rows_of(folder)
+
+
+def wait_for(condition, seconds=10):
+    """Look again and again until `condition()` holds; fails after so many seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def rows_of(folder):

@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from conftest import wait_for
 
 from tasks import sandbox
 from tasks.sandbox import Limits, Verdict, describe, run_tests
@@ -584,13 +585,6 @@ def alive(mark):
         except OSError:
             continue
     return found
-
-
-def wait_for(condition, seconds=10):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 @linux

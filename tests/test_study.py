@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+from conftest import wait_for
 
 from experiments import study
 
@@ -140,17 +141,10 @@ def test_a_killed_study_leaves_its_runs_alive(tmp_path):
     command = [sys.executable, "-m", "experiments.study", "--recipes", "sd", "--seeds", "1", "--out", str(tmp_path), *fast]
     with subprocess.Popen(command, cwd=study.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as begun:
         folder = tmp_path / "runs/clean/sd-seed0"
-        wait_for(folder / "log.jsonl")
+        wait_for((folder / "log.jsonl").exists, 90)
         begun.kill()
-    wait_for(folder / "summary.json")
+    wait_for((folder / "summary.json").exists, 90)
     assert len((folder / "log.jsonl").read_text().splitlines()) == 12
-
-
-def wait_for(path, seconds=90):
-    while not path.exists() and seconds > 0:
-        time.sleep(0.2)
-        seconds -= 0.2
-    assert path.exists()
 
 
 def test_ctrl_c_begins_nothing_further(tmp_path, monkeypatch, capsys):
