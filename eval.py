@@ -20,17 +20,17 @@ import json
 import os
 import sys
 import tempfile
-import warnings
 from itertools import compress
 from pathlib import Path
 
-from engine import any_console, checkpoint, metrics
+from engine import checkpoint, metrics
 from engine.config import day, saved_settings
 from engine.loading import Loaded, choose_device, load, load_base
 from engine.watch import bars
 from tasks.catalog import load_task
 from tasks.data import Task
 
+MEMORY = "the device is out of memory: lower --sample-batch or --max-new-tokens"
 TABLE_1 = ("scienceqa", "cos_e", "mbpp", "toolalpaca")  # the paper's, whose first and third bring GPQA and HumanEval with them
 
 
@@ -132,6 +132,7 @@ def table_1(reports: list[dict]) -> str:
     return "\n".join(lines)
 
 
+@checkpoint.command("eval.py", MEMORY, "stopped; answers in --out are used again by the same command")
 def main(argv: list[str] | None = None) -> int:
     """Held-out accuracy of any checkpoint, alone and with the reference; with --base also how far it has drifted from it."""
     how = argparse.ArgumentDefaultsHelpFormatter
@@ -150,30 +151,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--date", default="", help="the day that chat templates with a date show ('' = the run's, else today)")
     where = "folder for eval.json, eval.md, eval.png and the answers ('' = only print)"
     parser.add_argument("--out", default="", help=where, **path)
-    any_console()
     args = parser.parse_args(argv)
     for name, least in (("size", 0), ("max_new_tokens", 0), ("sample_batch", 1)):
         if (value := vars(args)[name]) < least:
             parser.error(f"argument --{name.replace('_', '-')}: {value} is below {least}")
-    warnings.formatwarning = lambda message, *_, **__: f"eval.py: {message}\n"
+    with tempfile.TemporaryDirectory() as scratch:
+        reports = run(args, Path(args.out or scratch) / "answers")
+    text = "\n\n".join(map(one_task, reports))
+    if len(reports) > 1:
+        text = table_1(reports) + "\n\n" + text
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            reports = run(args, Path(args.out or scratch) / "answers")
-        text = "\n\n".join(map(one_task, reports))
-        if len(reports) > 1:
-            text = table_1(reports) + "\n\n" + text
-        try:
-            if args.out:
-                with checkpoint.disk("the report", "free space and start again: answers in --out are used again"):
-                    write(reports, text, Path(args.out))
-        finally:
-            print(text)
-        return 0
-    except KeyboardInterrupt:
-        print("eval.py: stopped; answers in --out are used again by the same command", file=sys.stderr)
-        return 130
-    except Exception as error:
-        return checkpoint.complain("eval.py", error, "the device is out of memory: lower --sample-batch or --max-new-tokens")
+        if args.out:
+            with checkpoint.disk("the report", "free space and start again: answers in --out are used again"):
+                write(reports, text, Path(args.out))
+    finally:
+        print(text)
+    return 0
 
 
 def write(reports: list[dict], text: str, out: Path) -> None:

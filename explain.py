@@ -25,7 +25,7 @@ from torch import Tensor
 
 from engine import contexts
 from engine.asking import load_models, parse, speaks_world
-from engine.checkpoint import complain
+from engine.checkpoint import command
 from engine.config import Config, make
 from engine.head import Head, chunked_objective, chunks, head_of
 from engine.loading import Loaded
@@ -187,12 +187,11 @@ def talk(lm: Loaded, base: Loaded, task: Task | None, cfg: Config, temperature: 
             print(error)
 
 
+@command("explain.py", "the device is out of memory: lower --max-new-tokens, or use --device cpu")
 def main(argv: list[str] | None = None) -> int:
-    """Explain one question, or talk; one clear line instead of a traceback. -> the exit code"""
-    warnings.formatwarning = lambda message, *_, **__: f"explain.py: {message}\n"
-    for stream in (sys.stdin, sys.stdout, sys.stderr):  # what a terminal cannot show, or send, must not end the program
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")
+    """Explain one question, or talk. -> the exit code"""
+    if isinstance(sys.stdin, io.TextIOWrapper):  # what a terminal sends must not end the program
+        sys.stdin.reconfigure(errors="replace")
     try:
         args, cfg = parse(argv, __doc__.partition(" - ")[2].split("\n\nDepends")[0])
         sizes = (Config.train_size, 1) if args.data == "tiny" else (0, 0)
@@ -208,14 +207,9 @@ def main(argv: list[str] | None = None) -> int:
         except (KeyboardInterrupt, EOFError):  # two more ways to end a talk
             print()
         return 0
-    except KeyboardInterrupt:
-        print("explain.py: stopped", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # who reads, `head` for one, has seen enough; Python must not try again when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
-        return complain("explain.py", error, "the device is out of memory: lower --max-new-tokens, or use --device cpu")
 
 
 if __name__ == "__main__":

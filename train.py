@@ -19,7 +19,6 @@ import math
 import os
 import sys
 import time
-import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -246,23 +245,16 @@ OTHERS_GONE = (
 )
 
 
+@checkpoint.command("train.py", OUT_OF_MEMORY, "stopped; go on with --resume, or start again if it had not begun to measure")
 def cli(argv: list[str] | None = None) -> int:
-    """`python train.py ...`: one clear line instead of a traceback for everything a user can fix. -> the exit code: 130 for
-    a run that was stopped, so that what follows in a script does not take it for finished.
-    """
-    any_console()
-    warnings.formatwarning = lambda message, *_, **__: f"train.py: {message}\n"
+    """`python train.py ...` -> the exit code"""
     try:
         with parallel.one_voice():
             cfg = parse(argv)
             return 0 if main(cfg) or cfg.dry_run else 130
-    except KeyboardInterrupt:
-        print("train.py: stopped; go on with --resume, or start again if it had not begun to measure", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if not isinstance(error, RuntimeError) or not parallel.lost(error):
-            return checkpoint.complain("train.py", error, OUT_OF_MEMORY)
-        # torch's own for a lost process is a RuntimeError, and gloo raises the plain class
+    except RuntimeError as error:  # torch's own for a lost process is one, and gloo raises the plain class
+        if not parallel.lost(error):
+            raise
         print(f"train.py: {OTHERS_GONE.format(str(error).splitlines()[0])}", file=sys.stderr)
         return 3
 

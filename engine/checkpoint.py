@@ -15,14 +15,17 @@ import re
 import shutil
 import sys
 import tempfile
+import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import wraps
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
-from engine import parallel
+from engine import any_console, parallel
 from engine.config import Config, flag, saved_settings
 from engine.pretrained import SHORT
 
@@ -54,6 +57,29 @@ def writable(path: str | Path, flag: str = "--out", models: tuple = ()) -> Path:
         why = "is a link to nothing" if os.path.islink(path) and not os.path.exists(path) else why
         raise ValueError(f"{flag} {path}: {why}; choose a folder that can be written") from error
     return path
+
+
+def command(name: str, memory: str = "", stopped: str = "stopped") -> Callable:
+    """Around a `main(argv) -> exit code`: one clear line instead of a traceback for all that a user can fix, then code 2; 130 where
+    it was stopped, so that what follows in a script does not take it for finished.
+    """
+
+    def around(main: Callable) -> Callable:
+        @wraps(main)
+        def guarded(argv: list[str] | None = None) -> int:
+            any_console()
+            warnings.formatwarning = lambda message, *_, **__: f"{name}: {message}\n"
+            try:
+                return main(argv)
+            except KeyboardInterrupt:
+                print(f"{name}: {stopped}", file=sys.stderr)
+                return 130
+            except Exception as error:
+                return complain(name, error, memory)
+
+        return guarded
+
+    return around
 
 
 def complain(command: str, error: Exception, memory: str) -> int:

@@ -210,7 +210,7 @@ class _ThroughHead(torch.autograd.Function):
                         loss, out = terms(leaf, None if teacher is None else teacher_logits[begin : begin + piece], which)
                     total = total + loss.detach()
                     kept.append(out)
-                    if leaf.requires_grad and loss.requires_grad:
+                    if loss.requires_grad:
                         # The logits have served: their gradient takes their place.
                         (logits[part],) = torch.autograd.grad(loss, leaf)
                     else:

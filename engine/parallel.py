@@ -195,15 +195,9 @@ def like(x: Tensor, reference: Tensor) -> Tensor:
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
     """torch's clip_grad_norm_, also where some parameters are sharded and others not. -> the norm before scaling, ()."""
-    sharded = [p.grad for p in parameters if isinstance(p, DTensor) and p.grad is not None]
-    if not sharded:
-        return nn.utils.clip_grad_norm_(parameters, limit or math.inf)
-    plain = [p.grad for p in parameters if not isinstance(p, DTensor) and p.grad is not None]
-    square = lambda g: torch.linalg.vector_norm(g, dtype=torch.float64) ** 2
-    squares = torch.stack([square(g.to_local()) for g in sharded]).sum()
-    dist.all_reduce(squares)
-    norm = (squares + sum(map(square, plain))).sqrt()
-    if limit and not norm <= limit:
-        for g in [*plain, *(g.to_local() for g in sharded)]:
-            g.mul_(limit / (norm + 1e-6))
+    parts = [[p for p in parameters if p.grad is not None and isinstance(p, DTensor) == kind] for kind in (False, True)]
+    norms = [nn.utils.get_total_norm([p.grad for p in part]) for part in parts if part]
+    norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+    for part in parts:
+        nn.utils.clip_grads_with_norm_(part, limit or math.inf, norm)
     return norm

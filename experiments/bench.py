@@ -40,9 +40,8 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import agreement
 import train
-from engine import any_console
 from engine.build import Run, assemble, start
-from engine.checkpoint import writable
+from engine.checkpoint import command, writable
 from engine.config import RECIPES, Config, make
 from engine.head import Head, chunked_objective, sampled_logps
 from engine.loading import Loaded, choose_device
@@ -287,9 +286,9 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
+@command("bench.py")
 def main(argv: list[str] | None = None) -> int:
     """Measure, print tables, and write them to a file."""
-    any_console()
     parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to measure")
@@ -300,12 +299,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--tokens", type=int, default=512, help="loss: N")
     add("--vocab", type=int, default=151_936, help="loss: V")
     args = parser.parse_args(argv)
-    try:
-        if args.json:
-            args.json = writable(Path(args.json).parent, "--json") / Path(args.json).name
-        device, _, reason = choose_device(args.device, "auto")
-    except ValueError as error:
-        parser.exit(2, f"bench.py: {error}\n")
+    if args.json:
+        args.json = writable(Path(args.json).parent, "--json") / Path(args.json).name
+    device, _, reason = choose_device(args.device, "auto")
     torch.set_num_threads(args.threads or torch.get_num_threads())
     print(reason)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"

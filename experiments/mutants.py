@@ -15,6 +15,7 @@ is written to disk. Depends on pytest.   Try it:  python -m pytest tests/test_mu
 import argparse
 import ast
 import copy
+import io
 import json
 import os
 import random
@@ -23,8 +24,10 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 
+import pytest
 from tqdm import tqdm
 
 from engine import any_console
@@ -119,6 +122,12 @@ class Replace(ast.NodeTransformer):
         return self.new if node is self.old else self.generic_visit(node)
 
 
+def is_ours(module: types.ModuleType) -> bool:
+    """Is it of this repository, and not installed in a folder of it?"""
+    path = Path(getattr(module, "__file__", None) or "/")
+    return path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in {"engine", "tasks", "tests", path.name}
+
+
 def killed(name: str, source: str, tests: list[str], seconds: int) -> bool:
     """Does a quick test fail, or not end, with this source as the module `name`?"""
     child = os.fork()
@@ -129,13 +138,11 @@ def killed(name: str, source: str, tests: list[str], seconds: int) -> bool:
             os.setsid()
             sink = os.open(os.devnull, os.O_WRONLY)
             os.dup2(sink, 1), os.dup2(sink, 2)
-            ours = {"engine", "tasks", "conftest", *(path.stem for path in ROOT.glob("*.py"))}
-            for loaded in [module for module in sys.modules if module.split(".")[0] in ours or module.startswith("test")]:
+            for loaded in [key for key, module in sys.modules.items() if is_ours(module)]:
                 del sys.modules[loaded]  # all of ours is read anew, so that everybody meets the change
             sys.modules[name] = types.ModuleType(name)  # ... which is there before anybody imports it
             exec(compile(source, name, "exec"), vars(sys.modules[name]))
-            import pytest
-
+            tests.sort(key=lambda test: name not in test)  # stable; its own tests notice most
             code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", *tests]))
         finally:
             os._exit(code)
@@ -155,12 +162,11 @@ def main(argv: list[str] | None = None) -> int:
     if not hasattr(os, "fork"):
         parser.exit(2, "mutants.py: needs fork(), which this platform lacks: use Linux or macOS\n")
     os.chdir(ROOT)
-    import torch  # noqa: F401  loaded once, before the forks
-    import transformers  # noqa: F401
-
     every = mutants(args.only)
     chosen = sorted(random.Random(args.seed).sample(every, min(args.number or len(every), len(every))))
     tests, survivors, begun = [f"tests/test_{name}.py" for name in TESTS], [], time.perf_counter()
+    with redirect_stdout(io.StringIO()):  # what they import is loaded once, before the forks
+        pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *tests])
     if killed("no such module", "", tests, 0):
         parser.exit(2, "mutants.py: the tests fail without any mistake: mend that first\n")
     limit = 60 + 3 * int(time.perf_counter() - begun)  # seconds, after which a run of the tests does not end any more
@@ -168,12 +174,11 @@ def main(argv: list[str] | None = None) -> int:
         if not killed(name, source, tests, limit):
             survivors.append({"file": name, "line": line, "change": what})
             tqdm.write(f"survives: {name} line {line}: {what}")
-    rate = 100 * (1 - len(survivors) / len(chosen))
-    print(f"{len(chosen) - len(survivors)} of {len(chosen)} killed ({rate:.1f} %), drawn from {len(every)}; ", end="")
-    print(f"{time.perf_counter() - begun:.0f} s")
+    dead, seconds = len(chosen) - len(survivors), time.perf_counter() - begun
+    print(f"{dead} of {len(chosen)} killed ({100 * dead / len(chosen):.1f} %), drawn from {len(every)}; {seconds:.0f} s")
     if args.json:
-        found = {"seed": args.seed, "possible": len(every), "tried": len(chosen), "killed": len(chosen) - len(survivors)}
-        Path(args.json).write_text(json.dumps(found | {"survivors": survivors}, indent=1) + "\n", encoding="utf-8")
+        found = {"seed": args.seed, "possible": len(every), "tried": len(chosen), "killed": dead, "survivors": survivors}
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

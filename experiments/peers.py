@@ -30,7 +30,8 @@ from torch import nn
 from torch.utils.data import SequentialSampler
 
 import train
-from engine import any_console, build
+from engine import build
+from engine.checkpoint import command as guarded
 from engine.config import Config, make
 from engine.loading import load
 from engine.rollout import right_pad, turn_end
@@ -164,9 +165,9 @@ def measured(out: Path, size: int = 100) -> dict:
     return {"accuracy": report["model"]["alone"]["accuracy"], "jsd": report["drift"]["jsd_to_base"]}
 
 
+@guarded("peers.py")
 def main(argv: list[str] | None = None) -> int:
     """Our trainer and TRL's on the same work, measured by eval.py. Stopped, the same command goes on."""
-    any_console()
     parser = argparse.ArgumentParser(prog="peers.py", description=main.__doc__)
     add = parser.add_argument
     add("--recipes", nargs="+", choices=PAIRS, default=list(PAIRS), help="what is compared (default: sd and gkd)")
@@ -185,18 +186,14 @@ def main(argv: list[str] | None = None) -> int:
     folder, found = Path(args.out).resolve() / ("time" if args.time else "runs"), []
     steps = min(args.steps, 60) if args.time else args.steps
     flags = ["--steps", str(steps), *["--time"] * args.time]
-    try:
-        todo = [(seed, recipe, side) for seed in range(args.seeds) for recipe in args.recipes for side in ("ours", *PAIRS[recipe])]
-        for seed, recipe, side in todo:
-            out = folder / f"{side}-{recipe}-seed{seed}"
-            cost = start(side, recipe, seed, flags, out)
-            row = {"recipe": recipe, "side": side, "seed": seed, "steps": steps, "threads": cost["threads"]}
-            row |= {"step_seconds": statistics.median(cost["seconds"][5:] or cost["seconds"]), "mib": cost["mib"]}
-            found.append(row if args.time else row | measured(out))
-            print(json.dumps(found[-1]), flush=True)
-    except ValueError as error:
-        print(f"peers.py: {error}", file=sys.stderr)
-        return 2
+    todo = [(seed, recipe, side) for seed in range(args.seeds) for recipe in args.recipes for side in ("ours", *PAIRS[recipe])]
+    for seed, recipe, side in todo:
+        out = folder / f"{side}-{recipe}-seed{seed}"
+        cost = start(side, recipe, seed, flags, out)
+        row = {"recipe": recipe, "side": side, "seed": seed, "steps": steps, "threads": cost["threads"]}
+        row |= {"step_seconds": statistics.median(cost["seconds"][5:] or cost["seconds"]), "mib": cost["mib"]}
+        found.append(row if args.time else row | measured(out))
+        print(json.dumps(found[-1]), flush=True)
     about = {"trl": version("trl"), "torch": torch.__version__, "machine": platform.processor() or platform.machine()}
     (folder.parent / f"{folder.name}.json").write_text(json.dumps({"about": about, "rows": found}, indent=1) + "\n")
     print(table(found, args.time))

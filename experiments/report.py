@@ -13,6 +13,7 @@ import argparse
 import math
 import re
 import statistics
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +21,7 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator
 
-from engine import any_console
-from engine.checkpoint import writable
+from engine.checkpoint import command, writable
 from engine.watch import INK
 from experiments import study
 from experiments.study import PLAN
@@ -216,17 +216,15 @@ def write(out: Path) -> list[str]:
     return drawn
 
 
-def main(argv: list[str] | None = None) -> None:
+@command("report.py")
+def main(argv: list[str] | None = None) -> int:
     """Figures and the page of claims from the runs of a study."""
-    any_console()
     parser = argparse.ArgumentParser(prog="report.py", description=main.__doc__)
     parser.add_argument("out", nargs="?", default="runs/study", help="the study's --out (default: %(default)s)")
-    try:
-        out = writable(parser.parse_args(argv).out, "OUT")
-    except ValueError as error:
-        parser.exit(2, f"report.py: {error}\n")
+    out = writable(parser.parse_args(argv).out, "OUT")
     print(f"{', '.join(write(out)) or 'no figures'} and claims.md -> {out}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -28,8 +28,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from engine import any_console
-from engine.checkpoint import complain, writable
+from engine.checkpoint import command, writable
 from engine.config import RECIPES
 
 ROOT = Path(__file__).parents[1]
@@ -211,10 +210,10 @@ def write(found: dict, out: Path) -> str:
     return table
 
 
+@command("study.py", stopped="stopped; the same command goes on")
 def main(argv: list[str] | None = None) -> int:
     """Run what is missing, then write table, figures and claims; stopped, it goes on. Without flags: 5 seeds, nearly 3 hours on 2
     cores; what that leaves out (further budgets, K, gamma, star-clip) can be asked for by --recipes and joins the same table."""
-    any_console()
     parser = argparse.ArgumentParser(prog="study.py", description=main.__doc__)
     add, quick = parser.add_argument, f"{', '.join(QUICK)} in clean, {QUICK_SEEDS} seeds: estimated 8 minutes on 2 cores"
     rows = f"rows of the table (default: those of the full study): {', '.join(ROWS)}"
@@ -237,16 +236,10 @@ def main(argv: list[str] | None = None) -> int:
     cells = [Cell(s, row, seed) for seed in seeds for s in settings for row in args.recipes or FULL[s]]
     # Absolute: the runs are started in this repository's folder.
     begun = time.perf_counter()
-    try:
-        out = writable(args.out or plan["page"]["out"]).resolve()
-        if (out / "table.md").exists() and not (out / "cells.json").exists():
-            raise ValueError(f"--out {out} holds a table.md, which is of no study: choose another folder")
-        failed = run_all(cells, out, max(1, args.jobs), args.train)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on")
-        return 130
-    except ValueError as error:
-        return complain("study.py", error, "")
+    out = writable(args.out or plan["page"]["out"]).resolve()
+    if (out / "table.md").exists() and not (out / "cells.json").exists():
+        raise ValueError(f"--out {out} holds a table.md, which is of no study: choose another folder")
+    failed = run_all(cells, out, max(1, args.jobs), args.train)
     found = read(out)
     print(f"\n{write(found, out)}\n{len(cells)} runs, {time.perf_counter() - begun:.0f} s -> {out / 'table.md'}", flush=True)
     if found and args.world == "tiny":

@@ -40,6 +40,20 @@ def test_it_moves_in_a_bf16_model_where_a_bf16_average_cannot():
     assert (ema.shadow["weight"] > before).all()
 
 
+def test_where_the_memory_is_not_ours_the_values_change_places(monkeypatch):
+    """A sharded parameter's memory belongs to FSDP: it is written into, so the student's values must have been copied before."""
+    monkeypatch.setattr("ema._is_sharded", lambda parameter: True)
+    model = model_of(0.0)
+    ema = EMA(model, decay=0.0)
+    nn.init.constant_(model.weight, 1.0)
+    ema.update(model)
+    nn.init.constant_(model.weight, 2.0)
+    address = model.weight.data_ptr()
+    with ema.applied_to(model):
+        assert (model.weight == 1).all() and model.weight.data_ptr() == address
+    assert (model.weight == 2).all() and (ema.shadow["weight"] == 1).all()
+
+
 def test_only_what_is_trained_is_averaged_and_nothing_is_an_error():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].requires_grad_(False)

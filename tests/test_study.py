@@ -160,4 +160,4 @@ def test_ctrl_c_begins_nothing_further(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(study, "run", run)
     assert study.main(["--recipes", "sd", "--seeds", "6", "--jobs", "1", "--out", str(tmp_path)]) == 130
-    assert len(begun) <= 2 and "goes on" in capsys.readouterr().out
+    assert len(begun) <= 2 and "goes on" in capsys.readouterr().err

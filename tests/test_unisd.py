@@ -18,11 +18,12 @@ import losses
 from ema import EMA
 from engine import head as head_file
 from engine.config import Config
-from engine.head import Head, agree, check_head, chunked_objective, each_token, head_of, sampled_logps
+from engine.head import Head, agree, check_head, chunked_objective, each_token, head_of, sampled_logps, through_head
 from engine.reading import PackedReader, passes, token_slices
 from train import scaled, weigh_step
 from unisd import (
     Batch,
+    Mechanisms,
     Reading,
     Scores,
     Tokens,
@@ -210,6 +211,30 @@ def test_read_gives_the_states_that_predict_each_token(model):
     assert_close(ours, torch.stack(theirs).detach(), **EXACT)
 
 
+def test_prompts_answers_and_mask_have_as_many_rows(model):
+    batch = batch_of()
+    with pytest.raises(ValueError):
+        read(model, batch.student[:-1], batch.ids, batch.mask)
+    with pytest.raises(ValueError):
+        read(model, batch.student, torch.cat([batch.ids, batch.ids[:1]]), batch.mask)
+
+
+def test_the_defaults_are_plain_self_distillation():
+    """Forward KL to the teacher, over the whole vocabulary, and nothing beside it."""
+    m = Mechanisms()
+    assert (m.w_div, m.divergence, m.estimator, m.distill_temperature) == (1.0, "forward", "full", 1.0)
+    assert (m.agreement, m.clip, m.clip_quantile, m.w_contrast, m.w_match, m.w_nll) == ("none", 0, 0, 0, 0, 0)
+
+
+def test_what_is_logged_holds_on_to_no_graph():
+    student = torch.randn(3, VOCAB, dtype=torch.float64).log_softmax(-1).requires_grad_()
+    tokens = Tokens(torch.tensor([1, 2, 3]), *torch.ones(2, 3), negative=torch.zeros(3))
+    _, said = objective(student, student.detach().flip(0), tokens, Mechanisms(w_contrast=1.0))
+    _, matched = feature_matching(student, student.detach().flip(0), tokens, Mechanisms(w_match=1.0))
+    assert {*said, *matched} == {"div", "contrast", "nll", "entropy", "match"}
+    assert not any(value.requires_grad for value in (said | matched).values())
+
+
 def test_gradient_by_finite_differences_through_an_identity_head():
     """With an identity head the function eats logits: that is what the golden vectors do."""
     N, V, eye = 4, 6, Head(torch.eye(6, dtype=torch.float64), 6)
@@ -335,6 +360,21 @@ def test_no_tensor_of_tokens_times_vocabulary_exists(model):
     with Largest() as seen:
         whole_step(model, batch, replace(EVERYTHING, chunk=5))
     assert 0 < seen.rows <= 5
+
+
+def test_without_gradients_none_is_made(model):
+    """clip_quantile reads the student once more under no_grad: there the backward products of the head would be waste."""
+    head, asked = head_of(model, VOCAB), []
+
+    def terms(logits, teacher_logits, which):
+        asked.append(logits.requires_grad)
+        return logits.logsumexp(-1).sum(), {"x": logits[:, 0]}
+
+    states = torch.randn(5, head.weight.shape[1], dtype=head.weight.dtype, requires_grad=True)
+    for context in (torch.enable_grad, torch.no_grad):
+        with context():
+            through_head(states, head, terms, chunk=5)
+    assert asked == [True, False]
 
 
 def test_a_match_only_recipe_never_touches_the_head(model):
