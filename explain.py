@@ -26,7 +26,7 @@ from torch import Tensor
 from engine import contexts
 from engine.asking import load_models, parse, speaks_world
 from engine.checkpoint import command
-from engine.config import Config, make
+from engine.config import Config, make, saved_settings
 from engine.head import Head, chunked_objective, chunks, head_of
 from engine.loading import Loaded
 from engine.page import printable, show
@@ -194,8 +194,10 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdin.reconfigure(errors="replace")
     try:
         args, cfg = parse(argv, __doc__.partition(" - ")[2].split("\n\nDepends")[0])
-        sizes = (Config.train_size, 1) if args.data == "tiny" else (0, 0)
-        task = load_task(args.data, train_size=sizes[0], test_size=sizes[1], seed=cfg.seed)[0] if args.data else None
+        tiny, saved = args.data == "tiny", saved_settings(args.model)  # of a run: its kind of references, its wrong ones, too
+        kind = {name: saved[name] for name in ("references", "wrong_references") if tiny and name in saved}
+        sizes = dict(train_size=Config.train_size, test_size=1) if tiny else {}
+        task = load_task(args.data, **sizes, seed=cfg.seed, **kind)[0] if args.data else None
         example = None if args.question is None else example_for(args.question.strip(), args.reference, args.wrong, task)
         lm, base = load_models(args, cfg)
         if example:

@@ -347,6 +347,16 @@ def test_the_command_explains_and_writes_the_page(command_with, capsys, tmp_path
     assert "right answer     161" in text and "no contexts" in text and "contrast" not in text
 
 
+def test_the_references_of_a_run_are_those_it_was_trained_on(command_with, capsys, tmp_path):
+    settings = dict(recipe="sd", model="tiny", seed=0, references="faint", wrong_references=0.5)
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    plain, seen = world.load(60, 1), world.load(60, 1, wrong_references=0.5, references="faint")
+    both = zip(plain.train, seen.train, strict=True)
+    example = next(there for here, there in both if there.reference.strip("_ ") and here.reference != there.reference)
+    assert command_with(example.question, "--model", str(tmp_path), "--data", "tiny", "--answer", "1", "--contexts", "0") == 0
+    assert f"reference        {example.reference}\n" in capsys.readouterr().out
+
+
 def test_a_file_of_ones_own_gives_references_and_contexts(command_with, capsys, tmp_path):
     file = tmp_path / "mine.jsonl"
     lines = [dict(question=f"why {i}?", reference=f"because of {i}", negative=f"not of {i}") for i in range(8)]
