@@ -189,7 +189,7 @@ class _ThroughHead(torch.autograd.Function):
         need_states, need_weight, need_bias = ctx.needs_input_grad[:3]
         ready = head.ready(states)
         w, same_type = ready.weight, ready.weight.dtype == weight.dtype
-        grad_states = torch.zeros_like(states) if need_states else None
+        grad_states = torch.empty_like(states) if need_states else None  # every row is written below
         grad_weight = torch.zeros_like(weight) if need_weight else None
         grad_bias = torch.zeros_like(bias) if need_bias else None
         total, kept = 0.0, []
