@@ -208,7 +208,7 @@ class _ThroughHead(torch.autograd.Function):
                     leaf = logits[part].detach().requires_grad_(need_states or need_weight or need_bias)
                     with torch.enable_grad():  # no name for the teacher's piece: as a view it would keep its whole block alive
                         loss, out = terms(leaf, None if teacher is None else teacher_logits[begin : begin + piece], which)
-                    total = total + loss.detach()
+                    total = total + loss  # without a graph: here gradients are off
                     kept.append(out)
                     if loss.requires_grad:
                         # The logits have served: their gradient takes their place.

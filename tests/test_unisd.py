@@ -22,6 +22,7 @@ from engine.head import Head, agree, check_head, chunked_objective, each_token, 
 from engine.reading import PackedReader, passes, token_slices
 from train import scaled, weigh_step
 from unisd import (
+    RECIPES,
     Batch,
     Mechanisms,
     Reading,
@@ -224,6 +225,26 @@ def test_the_defaults_are_plain_self_distillation():
     m = Mechanisms()
     assert (m.w_div, m.divergence, m.estimator, m.distill_temperature) == (1.0, "forward", "full", 1.0)
     assert (m.agreement, m.clip, m.clip_quantile, m.w_contrast, m.w_match, m.w_nll) == ("none", 0, 0, 0, 0, 0)
+
+
+def test_what_measures_trains_nothing():
+    assert all(RECIPES[name]["steps"] == RECIPES[name]["epochs"] == 0 for name in ("raw", "privileged"))
+
+
+def test_a_reading_keeps_no_cache(model):
+    batch, seen = batch_of(), []
+    hook = model.get_decoder().register_forward_hook(lambda _, args, out: seen.append(out.past_key_values))
+    read(model, batch.student, batch.ids, batch.mask)
+    hook.remove()
+    assert seen == [None]
+
+
+def test_the_entropy_is_taken_without_a_graph(monkeypatch):
+    graphs, entropy = [], losses.entropy
+    monkeypatch.setattr(losses, "entropy", lambda logps: graphs.append(logps.requires_grad) or entropy(logps))
+    student = torch.randn(3, VOCAB).log_softmax(-1).requires_grad_()
+    objective(student, student.detach(), Tokens(torch.tensor([1, 2, 3]), *torch.ones(2, 3)), Mechanisms())
+    assert graphs == [False]
 
 
 def test_what_is_logged_holds_on_to_no_graph():
