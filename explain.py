@@ -190,8 +190,9 @@ def talk(lm: Loaded, base: Loaded, task: Task | None, cfg: Config, temperature: 
 @command("explain.py", "the device is out of memory: lower --max-new-tokens, or use --device cpu")
 def main(argv: list[str] | None = None) -> int:
     """Explain one question, or talk. -> the exit code"""
-    if isinstance(sys.stdin, io.TextIOWrapper):  # what a terminal sends must not end the program
-        sys.stdin.reconfigure(errors="replace")
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # what a terminal cannot show, or send, must not end the program
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")
     try:
         args, cfg = parse(argv, __doc__.partition(" - ")[2].split("\n\nDepends")[0])
         tiny, saved = args.data == "tiny", saved_settings(args.model)  # of a run: its kind of references, its wrong ones, too

@@ -196,7 +196,7 @@ def like(x: Tensor, reference: Tensor) -> Tensor:
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
     """torch's clip_grad_norm_, also where some parameters are sharded and others not. -> the norm before scaling, ()."""
     parts = [[p for p in parameters if p.grad is not None and isinstance(p, DTensor) == kind] for kind in (False, True)]
-    norms = [nn.utils.get_total_norm([p.grad for p in part]) for part in parts if part]
+    norms = [nn.utils.get_total_norm([p.grad for p in part]) for part in parts if part] or [torch.zeros(())]  # no gradient at all
     norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
     for part in parts:
         nn.utils.clip_grads_with_norm_(part, limit or math.inf, norm)

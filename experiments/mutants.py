@@ -30,7 +30,7 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from engine import any_console
+from engine.checkpoint import command
 
 ROOT = Path(__file__).parents[1]
 FILES = {name: ROOT / f"{name.replace('.', '/')}.py" for name in ("losses", "agreement", "ema", "unisd", "engine.head")}
@@ -149,9 +149,9 @@ def killed(name: str, source: str, tests: list[str], seconds: int) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
 
 
+@command("mutants.py")
 def main(argv: list[str] | None = None) -> int:
     """Put small mistakes into the method, one at a time, and run the quick tests on each. Survivors are printed."""
-    any_console()
     parser = argparse.ArgumentParser(prog="mutants.py", description=main.__doc__)
     add = parser.add_argument
     add("--only", nargs="+", choices=FILES, default=list(FILES), help="the files that mistakes are put into (default: all five)")

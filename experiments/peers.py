@@ -30,8 +30,7 @@ from torch import nn
 from torch.utils.data import SequentialSampler
 
 import train
-from engine import build
-from engine.checkpoint import command as guarded
+from engine import build, checkpoint
 from engine.config import Config, make
 from engine.loading import load
 from engine.rollout import right_pad, turn_end
@@ -165,7 +164,7 @@ def measured(out: Path, size: int = 100) -> dict:
     return {"accuracy": report["model"]["alone"]["accuracy"], "jsd": report["drift"]["jsd_to_base"]}
 
 
-@guarded("peers.py")
+@checkpoint.command("peers.py")
 def main(argv: list[str] | None = None) -> int:
     """Our trainer and TRL's on the same work, measured by eval.py. Stopped, the same command goes on."""
     parser = argparse.ArgumentParser(prog="peers.py", description=main.__doc__)

@@ -292,6 +292,7 @@ def test_a_console_that_knows_ascii_only(command_with, monkeypatch):
     sys.stdout.flush()
     text = raw.getvalue().decode("ascii")
     assert r"\xe9t\xe9?" in text and r"\u4e2d" in text and "loss" in text
+    assert sys.stdout.errors == "backslashreplace"  # a token by its number says more than "?"
 
 
 class Tags(HTMLParser):

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 import train
 from engine import build
 from engine.config import make, parse
-from engine.parallel import ALONE, Ranks
+from engine.parallel import ALONE, Ranks, clip_gradients
 
 ROOT = Path(__file__).parents[1]
 FLAGS = (
@@ -204,6 +204,18 @@ def test_shard_alone_says_how_to_start_it(tmp_path, capsys):
     assert train.cli([*FLAGS, "--out", str(tmp_path / "x"), "--shard"]) == 2
     assert "torchrun" in capsys.readouterr().err
     assert parse(["--shard"]).shard
+
+
+@pytest.mark.parametrize("limit", [0.0, 1.0, 9.0])
+@pytest.mark.parametrize("given", [0, 1, 2])
+def test_alone_gradients_are_clipped_as_torch_does(given, limit):
+    """Whatever has a gradient: all, some or none of the parameters. A limit of 0 is none."""
+    ours, theirs = ([torch.nn.Parameter(torch.zeros(2)) for _ in range(2)] for _ in range(2))
+    for some in (ours, theirs):
+        for p, values in zip(some[:given], ([3.0, 0.0], [0.0, 4.0]), strict=False):
+            p.grad = torch.tensor(values)
+    assert clip_gradients(ours, limit) == torch.nn.utils.clip_grad_norm_(theirs, limit or float("inf")) == (0, 3, 5)[given]
+    assert all(a.grad is b.grad is None or torch.equal(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_alone_everything_is_the_identity():
