@@ -3,6 +3,7 @@
     pip install --no-deps trl accelerate                 TRL is never a requirement
     python -m experiments.peers                          accuracy and drift, 3 seeds
     python -m experiments.peers --time                   seconds a step and memory, in turns (leave the machine alone meanwhile)
+    python -m experiments.peers --setting sums --recipes sd      SmolLM2-135M on sums and differences, 40 steps
 
 Two programs that were written apart and end at the same accuracy and the same drift are the best evidence there is that both
 compute what they say. Equal in both: base model, questions and their order, prompts, batch, steps, AdamW, learning rate by step,
@@ -14,6 +15,7 @@ Depends on train.py, eval.py, TRL.   Try it:  python -m pytest tests/test_peers.
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -31,10 +33,10 @@ from torch.utils.data import SequentialSampler
 
 import train
 from engine import build, checkpoint
-from engine.config import Config, make
+from engine.config import Config, parse
 from engine.loading import load
 from engine.rollout import right_pad, turn_end
-from experiments.study import spread
+from experiments.study import SETTINGS, spread
 from tasks.data import chat_ids, teacher_message, text_ids
 
 with contextlib.suppress(ImportError):
@@ -132,9 +134,8 @@ def with_ours(cfg: Config, out: Path) -> list[float]:
     return [sum(value for key, value in step.items() if key.startswith("s_")) for step in steps]
 
 
-def one(side: str, recipe: str, seed: int, extra: dict, out: Path) -> None:
+def one(side: str, cfg: Config, out: Path) -> None:
     """One training, in a process of its own: its seconds a step and how far its memory rose go to <out>/cost.json."""
-    cfg = make(recipe, seed=seed, sample_every=0, teacher_every=0, **extra)
     most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 if sys.platform == "linux" else float("nan")  # MiB
     before = most()
     seconds = with_ours(cfg, out) if side == "ours" else with_trl(cfg, out, own_tokens=side == "trl-own")
@@ -156,10 +157,11 @@ def start(side: str, recipe: str, seed: int, flags: list[str], out: Path) -> dic
     return json.loads((out / "cost.json").read_text())
 
 
-def measured(out: Path, size: int = 100) -> dict:
+def measured(out: Path, cfg: Config, size: int = 100) -> dict:
     """What eval.py says of the model in `out`: accuracy in per cent, JSD to the base in nats a token."""
     if not (out / "eval" / "eval.json").exists():
-        command("eval.py", "--model", str(out), "--base", "tiny", "--size", str(size), "--out", str(out / "eval"))
+        same = ["--base", cfg.model, "--data", cfg.data or "tiny", "--max-new-tokens", str(cfg.max_new_tokens)]
+        command("eval.py", "--model", str(out), *same, "--size", str(size), "--out", str(out / "eval"))
     (report,) = json.loads((out / "eval" / "eval.json").read_text())
     return {"accuracy": report["model"]["alone"]["accuracy"], "jsd": report["drift"]["jsd_to_base"]}
 
@@ -171,27 +173,31 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--recipes", nargs="+", choices=PAIRS, default=list(PAIRS), help="what is compared (default: sd and gkd)")
     add("--seeds", type=int, default=3, help="seeds 0 ... N-1 (default: %(default)s)")
-    add("--steps", type=int, default=240, help="optimizer steps (default: %(default)s)")
+    add("--setting", choices=SETTINGS, default="clean", help="the study's: model, data, batch ... (default: %(default)s)")
+    add("--steps", type=int, help="optimizer steps (default: the setting's)")
     add("--time", action="store_true", help="instead: seconds a step of 60 steps, ours and theirs in turns, --seeds times")
-    add("--out", default="runs/peers", help="folder of the runs; what is there is not run again (default: %(default)s)")
+    add("--out", help="folder of the runs; what is there is not run again (default: runs/peers-SETTING)")
     add("--one", nargs=4, metavar=("SIDE", "RECIPE", "SEED", "OUT"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    more = ["--sample-every", "0", "--teacher-every", "0", *(["--eval-size", "1"] if args.time else [])]
+    more += ["--steps", str(args.steps)] if args.steps else []
+    config = lambda recipe, seed: parse(["--recipe", recipe, "--seed", str(seed), *SETTINGS[args.setting], *more])
     if not find_spec("trl"):
         parser.exit(2, "peers.py: TRL is not installed: pip install --no-deps trl accelerate\n")
     if args.one:
         side, recipe, seed, out = args.one
-        one(side, recipe, int(seed), dict(steps=args.steps, **(dict(eval_size=1) if args.time else {})), Path(out))
+        one(side, config(recipe, seed), Path(out))
         return 0
-    folder, found = Path(args.out).resolve() / ("time" if args.time else "runs"), []
-    steps = min(args.steps, 60) if args.time else args.steps
-    flags = ["--steps", str(steps), *["--time"] * args.time]
+    folder, found = Path(args.out or f"runs/peers-{args.setting}").resolve() / ("time" if args.time else "runs"), []
+    steps = min(config("sd", 0).steps, 60 if args.time else math.inf)
+    flags = ["--setting", args.setting, "--steps", str(steps), *["--time"] * args.time]
     todo = [(seed, recipe, side) for seed in range(args.seeds) for recipe in args.recipes for side in ("ours", *PAIRS[recipe])]
     for seed, recipe, side in todo:
         out = folder / f"{side}-{recipe}-seed{seed}"
         cost = start(side, recipe, seed, flags, out)
         row = {"recipe": recipe, "side": side, "seed": seed, "steps": steps, "threads": cost["threads"]}
         row |= {"step_seconds": statistics.median(cost["seconds"][5:] or cost["seconds"]), "mib": cost["mib"]}
-        found.append(row if args.time else row | measured(out))
+        found.append(row if args.time else row | measured(out, config(recipe, seed)))
         print(json.dumps(found[-1]), flush=True)
     about = {"trl": version("trl"), "torch": torch.__version__, "machine": platform.processor() or platform.machine()}
     (folder.parent / f"{folder.name}.json").write_text(json.dumps({"about": about, "rows": found}, indent=1) + "\n")

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from engine.config import make
 from engine.rollout import right_pad
 from experiments import peers
 from tasks import world
@@ -48,7 +49,7 @@ def test_the_tables():
 @pytest.mark.slow
 def test_what_eval_says_is_read(tmp_path, tiny):
     tiny.save(tmp_path)
-    found = peers.measured(tmp_path, size=2)
+    found = peers.measured(tmp_path, make("sd"), size=2)
     assert 0 <= found["accuracy"] <= 100 and found["jsd"] < 1e-6
 
 
