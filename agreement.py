@@ -29,7 +29,7 @@ def disagreement(logps: Tensor, mask: Tensor, level: str, stat: str) -> Tensor:
 
     (K, B, T), (B, T) -> (B, T) for level "token", (B,) for level "sequence"
     Variance divides by K-1 over tokens (unbiased) and by K over sequences (biased), as in the paper's settings: for
-    readings of -1 and -3 that is 2 and 1. "prob" is that of the probabilities, to which 1e-9 against 1e-6 is no dispute.
+    readings of -1 and -3 that is 2 and 1. "prob" takes probabilities instead of logarithms: 1e-9 against 1e-6 is then no dispute.
     Raises ValueError for K = 1 with stat "var" or "prob" (0/0, or always 0), and for an unknown level or stat.
     """
     if level not in ("token", "sequence") or stat not in ("var", "range", "prob"):
@@ -38,7 +38,7 @@ def disagreement(logps: Tensor, mask: Tensor, level: str, stat: str) -> Tensor:
         raise ValueError(f"the variance of {logps.shape[0]} context is undefined: give at least 2 contexts, or use stat range")
     mask = mask.bool()
     # Masked positions may hold anything, inf and nan included; where() forgets them, a multiplication by 0 would not.
-    logps = torch.where(mask, logps, torch.zeros_like(logps))
+    logps = torch.where(mask, logps, 0.0)
     if level == "sequence":
         # The trap: the mean over tokens comes first, so opposite disputes cancel. Context 1 reads two tokens as -1 and
         # -3, context 2 reads them as -3 and -1: both means are -2, and the sequence counts as undisputed.
@@ -62,17 +62,15 @@ def token_weights(
     """
     mask = mask.bool()
     if not mask.any():
-        raise ValueError(
-            "every token is masked: there is nothing to weigh (is max_new_tokens too small, or was the completion cut?)"
-        )
+        raise ValueError("every token is masked: nothing can be weighed (is max_new_tokens too small, or was the completion cut?)")
     # Why divide by q: it turns a disagreement into a comparison with the batch, 1 where the most disputed 5 % begin. So
     # gamma means the same for var (nats squared), range (nats) and prob (no unit). At gamma = 1, a token at q weighs 1/2; at the
     # paper's .01 it weighs .99, and because of the cap no token weighs less than 1 / (1 + .01 * 10) = .91: the floor acts
-    # only above gamma = 9.9. If more than 95 % of the tokens agree exactly, q is 1e-6, and every other one is at the cap.
+    # only above gamma = 9.9. If more than 95 % of the tokens agree exactly, q is 1e-6, and any other above 1e-5 is at the cap.
     # The trap: a disputed token is often the very one on which the reference has something to teach.
     scale = delta[mask].quantile(quantile).clamp(min=1e-6)
     weights = (1.0 / (1.0 + gamma * (delta / scale).clamp(max=cap))).clamp(min=floor)
-    return torch.where(mask, weights, torch.ones_like(weights))
+    return torch.where(mask, weights, 1.0)
 
 
 @torch.no_grad()
@@ -99,7 +97,7 @@ def coefficients(mask: Tensor, weights: Tensor, normalizer: str = "batch") -> Te
     # of D = 3: at weight 1, (3 + 3) / (1 + 1) = 3; at weight .5, (.5 * 3 + .5 * 3) / (.5 + .5) = 3 again.
     # Only when S_b < 1 does max() step in, and the mean falls off a cliff: at weight .25 it is (.75 + .75) / 1 = 1.5.
     # With "batch" all sequences share one denominator, and a sequence of half the weight has half the say.
-    masked_weights = torch.where(mask.bool(), weights, torch.zeros_like(weights))
+    masked_weights = torch.where(mask.bool(), weights, 0.0)
     if not mask.bool().any():
         raise ValueError("every token is masked: the loss would be 0/0 (is max_new_tokens too small, or was the completion cut?)")
     if normalizer == "batch":
@@ -120,7 +118,7 @@ def weighted_mean(per_token: Tensor, mask: Tensor, weights: Tensor, normalizer: 
     Differentiable in per_token, and in nothing else: a token's gradient is its coefficient.
     """
     # A masked token may hold nan or inf (a pad position): forget it, do not multiply it by 0.
-    per_token = torch.where(mask.bool(), per_token, torch.zeros_like(per_token))
+    per_token = torch.where(mask.bool(), per_token, 0.0)
     return (per_token * coefficients(mask, weights, normalizer)).sum()
 
 

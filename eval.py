@@ -82,7 +82,7 @@ def answers_of(report: dict, task: Task) -> list[dict]:
 
 def one_task(report: dict) -> str:
     """A family per row, for one task."""
-    m, text = report["model"], ""
+    m = report["model"]
     columns = {"alone": m["alone"], "with reference": m["with_reference"]}
     if "base" in report:
         columns = {"base": report["base"]["alone"], **columns}
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--base", default="", help="compare with this model and measure drift from it ('' = do not)", **path)
     what = f"tiny, bfcl, a benchmark, a .jsonl file (its test questions), or all ({', '.join(TABLE_1)})"
     parser.add_argument("--task", "--data", default="tiny", help=what, **path)  # --data: as train.py calls it
-    many = "questions per family of the tiny world, else per task (0 = all; the tiny world has no end: 100)"
+    many = "questions per family of the tiny world, else per task (0 = all; for the tiny world, which has no end, 100)"
     parser.add_argument("--size", type=int, default=100, help=many)
     parser.add_argument("--max-new-tokens", type=int, default=0, help="longest answer (0 = the run's, else the task's)")
     parser.add_argument("--sample-batch", type=int, default=256, help="prompts answered together; bounds memory")

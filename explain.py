@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")
     try:
         args, cfg = parse(argv, __doc__.partition(" - ")[2].split("\n\nDepends")[0])
-        tiny, saved = args.data == "tiny", saved_settings(args.model)  # of a run: its kind of references, its wrong ones, too
+        tiny, saved = args.data == "tiny", saved_settings(args.model)  # a run's questions get the references it trained with
         kind = {name: saved[name] for name in ("references", "wrong_references") if tiny and name in saved}
         sizes = dict(train_size=Config.train_size, test_size=1) if tiny else {}
         task = load_task(args.data, **sizes, seed=cfg.seed, **kind)[0] if args.data else None

@@ -109,8 +109,8 @@ def sampled_reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """Estimate of KL(student || teacher) from one sampled token y: log p_student(y) - log p_teacher(y).
 
     (...), (...) -> (...)
-    One value may be negative; the mean over many y is the KL. Value and gradient are unbiased if y was sampled at
-    temperature 1 from the very student that is being trained.
+    One value may be negative; the mean over many y is the KL. Value and gradient are unbiased if y was drawn from
+    this very p_student: by the student that is being trained, at the temperature of these log-probabilities.
     """
     # Why not return r = log p - log q as it is (p student, q teacher)? Because y was drawn from p, and p moves, too:
     #     KL      = sum_y p r

@@ -54,14 +54,14 @@ def train(run: Run, log, watch: Watch) -> None:
         if cfg.micro_batch < len(p):  # a micro-batch is padded to its longest row: similar lengths go together
             rows = sorted(range(len(p)), key=lambda i: len(p[i]["student"]) + int(mask[i].sum()))
             p, ids, mask = [p[i] for i in rows], ids[rows], mask[rows]
-        contexts = [[x["contexts"][k] for x in p] for k in range(len(p[0]["contexts"]))]
+        contexts = [list(k) for k in zip(*(x["contexts"] for x in p), strict=True)]
         student, teacher, negative = ([x[name] for x in p] for name in ("student", "teacher", "negative"))
         batch = Batch(student, teacher, negative, contexts, ids, mask)
         clock.lap("sampling")
 
         # --- 2. score: the teachers re-read the same tokens, before the student does -----------------------------------
-        # Until the `with` ends the model's parameters *are* the teacher's (ema.py lends them): a student's graph made before
-        # would be walked back through the wrong weights.
+        # Until the `with` ends the model's parameters *are* the teacher's (ema.py lends them): nothing of the student may run
+        # in here, neither its forward nor its backward. And weights, ceiling and denominators must be known before step 4.
         with run.lm.autocast(), run.teacher():
             # .detach() is a second tensor on the memory that the parameter has *now*, the teacher's. After the `with` the
             # parameter points elsewhere, this one does not: step 4 makes the teacher's log-probs with it.
@@ -223,7 +223,7 @@ def main(cfg: Config) -> dict:
     if cfg.resume:
         checkpoint.restore(run)
         print(f"resumed at step {run.step} of {cfg.steps}")
-    # The disk comes first: closing a log whose last row could not be written raises once more.
+    # disk() is outermost: on a full disk closing the log raises once more, and that needs the same clear message.
     with checkpoint.disk("log.jsonl"), (Path(os.devnull) if rank else out / "log.jsonl").open("a") as log, Watch(run) as watch:
         train(run, log, watch)
     if run.step < cfg.steps:

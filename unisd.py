@@ -3,6 +3,9 @@
 A student wrote an answer. The same tokens are read again: by the student (question alone), by the teacher (question +
 reference), by the teacher under K other contexts (each a solved example, then question + reference: agreement), and by the
 teacher who was given a wrong reference (contrast).
+Why the student's own answer? A model that imitates other texts is never corrected after its own mistakes, yet that is where it
+will be when it answers alone. So the student writes, and the teacher says for each place *that the student reached* what should
+come next. To the gradient the written tokens are constants: it flows through their probabilities, not through the drawing.
 UniSD (arXiv 2605.06597), eq. 1 with the clip of eq. 9, over all unmasked tokens t of one optimizer step:
 
     L = sum_t share_t * w_div * min(D_t, kappa)                            share_t       = mask_t w_t / sum mask w
@@ -32,7 +35,7 @@ import losses
 
 
 def opt(default, help: str, choices: tuple = ()):
-    """A setting: its default, what --help says, and what it may be. Every setting of the project is declared through this."""
+    """A setting: its default, what --help says, and what it may be. Every setting of a training run is declared through this."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
@@ -56,9 +59,7 @@ class Mechanisms:
     agreement: str = opt("none", "weigh by how far K contexts agree, eq. 2", ("none", "token", "sequence"))
     gamma: float = opt(0.01, "strength of the agreement weights (0 = off)")
     stat: str = opt("var", "disagreement of the K readings: variance or range of log p, or variance of p", ("var", "range", "prob"))
-    normalizer: str = opt(
-        "batch", "batch: sequence weights act; sequence: the official form, where they cancel", ("batch", "sequence")
-    )
+    normalizer: str = opt("batch", "mean over the step, or of sequences' means (official: weights cancel)", ("batch", "sequence"))
     w_contrast: float = opt(0.0, "weight of the token contrast with a wrong reference, eq. 5 (0 = off)")
     margin: float = opt(0.5, "contrast: by how many nats the wrong teacher should be further away")
     w_match: float = opt(0.0, "weight of final-layer feature matching, eq. 6 (0 = off)")
@@ -76,9 +77,9 @@ class Mechanisms:
         return bool(self.w_div or self.w_contrast or self.w_match)
 
 
-# Each row of the paper's table is what differs from plain on-policy self-distillation ("sd"). There is no code behind a name: a
-# recipe overrides settings of Mechanisms and of engine/config.py, and flags override the recipe. "sd" is every default: the
-# student's own answers, a *frozen* teacher (the model as it was), forward KL. docs/results.md says what each row is.
+# Rows of the paper's table, and of ours: what differs from plain on-policy self-distillation ("sd": the student's own answers, a
+# *frozen* teacher, forward KL). There is no code behind a name: it overrides settings, here and in engine/config.py. Later ones
+# win: defaults, preset (tiny: gamma = 1), recipe, a preset's own for a recipe (unisd-star: contexts for a quarter), flags.
 RECIPES: dict[str, dict] = {
     # nothing is trained: the base alone, and with the reference in its prompt (the ceiling)
     "raw": dict(steps=0, epochs=0.0),
@@ -92,8 +93,8 @@ RECIPES: dict[str, dict] = {
     "sdft": dict(divergence="reverse"),
     "gkd": dict(divergence="jsd", alpha=0.5, on_policy=0.5),
     "opsd": dict(teacher="live"),
-    # UniSD's rows; values are the paper's where it gives them
     "sd": dict(),
+    # UniSD's rows; values are the paper's where it gives them
     "agree-token": dict(agreement="token"),
     "agree-seq": dict(agreement="sequence"),
     "ema": dict(teacher="ema"),
@@ -135,8 +136,7 @@ def read(model: nn.Module, prompts: list[list[int]], ids: Tensor, mask: Tensor) 
     states = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state  # (B, width, H)
     # The trap is a shift by one. Prompt [a b c], answer [y z]: the row is a b c y z, and the state at position 2 (over c) is
     # the one that predicts y, the state at 3 (over y) predicts z. So answer token t sits at len(prompt) - 1 + t.
-    place = [(b, len(p) - 1 + t) for b, (p, n) in enumerate(zip(prompts, lengths, strict=True)) for t in range(n)]
-    return states[torch.tensor(place, dtype=torch.long, device=ids.device).reshape(-1, 2).unbind(1)]
+    return torch.cat([row[len(p) - 1 : len(p) - 1 + n] for row, p, n in zip(states, prompts, lengths, strict=True)])
 
 
 @dataclass
@@ -168,7 +168,7 @@ def score_teachers(read_all: Callable, batch: Batch, m: Mechanisms, with_context
     """Let the teacher read the student's answers under every prompt that the settings need, one Reading each.
 
     read_all(list of Reading) -> {name: Tensor}: `read_plainly` below, or engine/reading.py's, which packs all rows into few passes.
-    Call it while the model *is* the teacher (`with run.teacher():`), and before the student's own pass.
+    Call it while the model *is* the teacher (`with run.teacher():`); nothing of the student may run in there.
     """
     readings, contexts = [], []
     if m.uses_teacher:
@@ -216,8 +216,8 @@ class Weights:
     """Three numbers for each token, (B, T) each, all known before the first backward."""
 
     reliability: Tensor  # w in (0, 1], eq. 2; 1 where agreement is off
-    share: Tensor  # mask w / sum mask w: its part of the divergence
-    plain_share: Tensor  # mask / sum mask: its part of everything else
+    share: Tensor  # agreement.coefficients, by default mask w / sum mask w: its part of the divergence
+    plain_share: Tensor  # the same with w = 1: its part of everything else
 
 
 @torch.no_grad()
@@ -227,7 +227,7 @@ def weigh(mask: Tensor, m: Mechanisms, contexts=None, compared=None, dtype=torch
     mask (B, T), contexts (K, B, T) -> (B, T) each
     compared (B, T): the tokens that the contexts did read, where these are fewer; the others keep w = 1.
     Everything here is taken over the *whole optimizer step*: the quantile that scales w, and both denominators. If each
-    micro-batch divided by its own tokens, a step cut into 10 and 1000 of them would give the ten as much say as the thousand.
+    micro-batch divided by its own number of tokens, one of 10 tokens would have as much say as one of 1000.
     Raises ValueError if every token is masked, or for K = 1 with variance.
     """
     ones = torch.ones(mask.shape, dtype=dtype if contexts is None else contexts.dtype, device=mask.device)
@@ -237,7 +237,7 @@ def weigh(mask: Tensor, m: Mechanisms, contexts=None, compared=None, dtype=torch
 
 
 def reliability(contexts: Tensor, mask: Tensor, m: Mechanisms) -> Tensor:
-    """Eq. 2: K readings of the written tokens -> w, 1 on masked tokens.
+    """Eq. 2: K readings of the written tokens -> w. What it is on a masked token means nothing: its share is 0.
 
     (K, B, T), (B, T) -> (B, T)
     """

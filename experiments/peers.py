@@ -3,7 +3,6 @@
     pip install --no-deps trl accelerate                 TRL is never a requirement
     python -m experiments.peers                          accuracy and drift, 3 seeds
     python -m experiments.peers --time                   seconds a step and memory, in turns (leave the machine alone meanwhile)
-    python -m experiments.peers --setting sums --recipes sd      SmolLM2-135M on sums and differences, 40 steps
 
 Two programs that were written apart and end at the same accuracy and the same drift are the best evidence there is that both
 compute what they say. Equal in both: base model, questions and their order, prompts, batch, steps, AdamW, learning rate by step,
@@ -15,7 +14,6 @@ Depends on train.py, eval.py, TRL.   Try it:  python -m pytest tests/test_peers.
 import argparse
 import contextlib
 import json
-import math
 import os
 import platform
 import statistics
@@ -36,13 +34,12 @@ from engine import build, checkpoint
 from engine.config import Config, parse
 from engine.loading import load
 from engine.rollout import right_pad, turn_end
-from experiments.study import SETTINGS, spread
+from experiments.study import ROOT, SETTINGS, spread
 from tasks.data import chat_ids, teacher_message, text_ids
 
 with contextlib.suppress(ImportError):
     import resource  # not on Windows
 
-ROOT = Path(__file__).parents[1]
 PAIRS = {"sd": {"trl": "TRL's SDFTTrainer"}}  # recipe -> sides that do the same
 PAIRS["gkd"] = {"trl": "TRL's GKDTrainer", "trl-own": "the same, divided by its own tokens"}
 
@@ -174,14 +171,14 @@ def main(argv: list[str] | None = None) -> int:
     add("--recipes", nargs="+", choices=PAIRS, default=list(PAIRS), help="what is compared (default: sd and gkd)")
     add("--seeds", type=int, default=3, help="seeds 0 ... N-1 (default: %(default)s)")
     add("--setting", choices=SETTINGS, default="clean", help="the study's: model, data, batch ... (default: %(default)s)")
-    add("--steps", type=int, help="optimizer steps (default: the setting's)")
-    add("--time", action="store_true", help="instead: seconds a step of 60 steps, ours and theirs in turns, --seeds times")
+    add("--steps", type=int, help="optimizer steps (default: the setting's, with --time 60)")
+    add("--time", action="store_true", help="instead: seconds a step, ours and theirs in turns, --seeds times")
     add("--out", help="folder of the runs; what is there is not run again (default: runs/peers-SETTING)")
     add("--one", nargs=4, metavar=("SIDE", "RECIPE", "SEED", "OUT"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    more = ["--sample-every", "0", "--teacher-every", "0", *(["--eval-size", "1"] if args.time else [])]
-    more += ["--steps", str(args.steps)] if args.steps else []
-    config = lambda recipe, seed: parse(["--recipe", recipe, "--seed", str(seed), *SETTINGS[args.setting], *more])
+    steps = ["--steps", str(args.steps or 60)] if args.steps or args.time else []
+    more = [*SETTINGS[args.setting], "--sample-every", "0", "--teacher-every", "0", *["--eval-size", "1"] * args.time, *steps]
+    config = lambda recipe, seed: parse(["--recipe", recipe, "--seed", str(seed), *more])
     if not find_spec("trl"):
         parser.exit(2, "peers.py: TRL is not installed: pip install --no-deps trl accelerate\n")
     if args.one:
@@ -189,13 +186,12 @@ def main(argv: list[str] | None = None) -> int:
         one(side, config(recipe, seed), Path(out))
         return 0
     folder, found = Path(args.out or f"runs/peers-{args.setting}").resolve() / ("time" if args.time else "runs"), []
-    steps = min(config("sd", 0).steps, 60 if args.time else math.inf)
-    flags = ["--setting", args.setting, "--steps", str(steps), *["--time"] * args.time]
+    flags = ["--setting", args.setting, *steps, *["--time"] * args.time]
     todo = [(seed, recipe, side) for seed in range(args.seeds) for recipe in args.recipes for side in ("ours", *PAIRS[recipe])]
     for seed, recipe, side in todo:
         out = folder / f"{side}-{recipe}-seed{seed}"
         cost = start(side, recipe, seed, flags, out)
-        row = {"recipe": recipe, "side": side, "seed": seed, "steps": steps, "threads": cost["threads"]}
+        row = {"recipe": recipe, "side": side, "seed": seed, "steps": len(cost["seconds"]), "threads": cost["threads"]}
         row |= {"step_seconds": statistics.median(cost["seconds"][5:] or cost["seconds"]), "mib": cost["mib"]}
         found.append(row if args.time else row | measured(out, config(recipe, seed)))
         print(json.dumps(found[-1]), flush=True)
