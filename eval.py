@@ -96,7 +96,7 @@ def one_task(report: dict) -> str:
         f"{m['alone']['abstained']:.0f} % | entropy {m['entropy']:.3f} nats | gold PPL {m['gold_ppl']:.3f}"
     )
     if "base" in report:
-        p, text = report["paired"], text + "\nagainst the base on the same questions: "
+        p, text = report["paired"], text + "\nagainst the base, over all questions: "
         if p:
             text += f"{p['difference']:+.1f} points [{p['interval'][0]:+.1f}, {p['interval'][1]:+.1f}], "
             text += f"{p['wins']} gained, {p['losses']} lost | "
@@ -140,8 +140,8 @@ def main(argv: list[str] | None = None) -> int:
     path = dict(type=os.path.expanduser)
     parser.add_argument("--model", required=True, help="short name, hub id, or folder (a run's --out)", **path)
     parser.add_argument("--base", default="", help="compare with this model and measure drift from it ('' = do not)", **path)
-    what = f"tiny, bfcl, a benchmark, a .jsonl file (its test questions), or all ({', '.join(TABLE_1)})"
-    parser.add_argument("--task", "--data", default="tiny", help=what, **path)  # --data: as train.py calls it
+    what = f"tiny, bfcl, a benchmark, a .jsonl file, or all ({', '.join(TABLE_1)}) ('' = the run's, else tiny)"
+    parser.add_argument("--task", "--data", default="", help=what, **path)  # --data: as train.py calls it
     many = "questions per family of the tiny world, else per task (0 = all; for the tiny world, which has no end, 100)"
     parser.add_argument("--size", type=int, default=100, help=many)
     parser.add_argument("--max-new-tokens", type=int, default=0, help="longest answer (0 = the run's, else the task's)")
@@ -155,6 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, least in (("size", 0), ("max_new_tokens", 0), ("sample_batch", 1)):
         if (value := vars(args)[name]) < least:
             parser.error(f"argument --{name.replace('_', '-')}: {value} is below {least}")
+    args.task = args.task or saved_settings(args.model).get("data", "tiny")
     with tempfile.TemporaryDirectory() as scratch:
         reports = run(args, Path(args.out or scratch) / "answers")
     text = "\n\n".join(map(one_task, reports))

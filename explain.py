@@ -171,9 +171,10 @@ def talk(lm: Loaded, base: Loaded, task: Task | None, cfg: Config, temperature: 
     question, ids, turn = "", [], 0
     while (line := input("\n> ").strip()) not in ("", ":q"):
         try:
-            reference = line.removeprefix("ref:").strip()
-            if reference != line and question:
-                known = Example("new", question, reference)
+            if line.startswith("ref:"):
+                if not (question and line[4:].strip()):
+                    raise ValueError("ask something first, then give a text: `ref: TEXT`")
+                known = example_for(question, line[4:].strip(), None, task)
             else:
                 known, turn = example_of(line, task), turn + 1
                 question = known.question if known else line

@@ -53,8 +53,8 @@ def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace,
     parser.set_defaults(model="tiny")
     args = parser.parse_args(argv)
     args.question = args.question if args.asked is None else args.asked
-    if args.data is None:
-        args.data = "tiny" if speaks_world(SHORT.get(args.model, args.model)) else ""
+    tiny = speaks_world(SHORT.get(args.model, args.model))
+    args.data = args.data if args.data is not None else "tiny" if tiny else ""
     try:
         if args.question is None and any(x is not None for x in (args.reference, args.wrong, args.answer, args.html)):
             raise ValueError("--reference, --wrong, --answer and --html belong to a question: add --question")
@@ -69,7 +69,7 @@ def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace,
         given = dict(contexts=3 if args.data else 0, agreement="token", w_contrast=0.1)
         given |= {name: value for name, value in vars(args).items() if name in SETTINGS}
         given |= {} if given["contexts"] else dict(agreement="none")
-        return args, make("sd", model=args.model, preset="tiny" if args.data == "tiny" else "real", **given)
+        return args, make("sd", model=args.model, preset="tiny" if tiny else "real", **given)
     except ValueError as error:
         parser.error(error)
 

@@ -213,7 +213,7 @@ def contradictions(cfg: Config) -> Iterator[str]:
             yield f"{name} {value} is outside [0, 1]"
         if f.name in ABOVE_ZERO and value == 0:
             yield f"{name} must be above 0 (training samples; evaluation is always greedy)"
-    if not (cfg.w_div or cfg.w_nll or cfg.w_match or cfg.w_contrast):
+    if not any(weight for name, weight in vars(cfg).items() if name.startswith("w_")):
         yield "every weight is 0 (--w-div, --w-nll, --w-match, --w-contrast): there is nothing to minimise"
     if cfg.divergence == "jsd" and not 0 < cfg.alpha < 1:
         yield f"--alpha {cfg.alpha} must lie strictly between 0 and 1, where a JSD is 0; use --divergence forward or reverse"
@@ -269,8 +269,10 @@ def default_out(cfg: Config) -> str:
 
 
 def saved_settings(out: str) -> dict:
-    """The settings of the run in `out`; {} if there is none. Raises ValueError if the file is damaged."""
+    """The settings of the run in `out`, or of the run whose checkpoint it is; {} if there is none. ValueError if damaged."""
     path = os.path.join(out, SETTINGS)
+    if Path(out).name.startswith("checkpoint-") and not os.path.isfile(path):
+        path = str(Path(out).parent / SETTINGS)
     if not out or not os.path.isfile(path):  # unlike Path's, these never raise
         return {}
     try:

@@ -155,7 +155,7 @@ def chunked_objective(
             goal = speaker.logps(teacher_logits, m.distill_temperature) if asked else None
         return objective(head.logps(logits, m.distill_temperature), goal, tokens[which], m)
 
-    if asked or m.w_nll:
+    if any(weight for name, weight in vars(m).items() if name.startswith("w_") and name != "w_match"):  # matching reads no words
         speaker = teacher_head.ready(student) if asked else None
         loss, values = through_head(student, head, terms, chunk, teacher if asked else None, speaker)
     if m.w_match:

@@ -8,9 +8,8 @@ solutions; and how far a model has drifted from the one it started as:
     retention_ppl   the base's perplexity on the tuned model's answers: does it still write what the base finds likely?
     reverse_ppl     the tuned model's perplexity on the base's answers: does it still find likely what the base wrote?
 
-A perplexity is exp(- mean log-prob per token), over all tokens of all answers. (The official code averages exp per answer, which
-one odd answer can dominate.) A model that learns *has* to move away from its base's wrong answers: drift is read beside the
-accuracy it bought. Answers can be kept in a cache, under a key of the weights and every setting of the sampling.
+A perplexity is exp(- mean log-prob per token), over all tokens of all answers. A model that learns *has* to move away from its
+base's wrong answers: drift is read beside the accuracy it bought. Answers are kept in a cache, by weights and sampling.
 
 Depends on losses.py, reading.py, data.py, rollout.py, parallel.py.   Try it:  python -m pytest tests/test_metrics.py -q
 """

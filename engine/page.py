@@ -16,7 +16,7 @@ from operator import itemgetter
 from pathlib import Path
 from string import Template
 
-NAMES = dict(forward="KL(teacher || student)", reverse="KL(student || teacher)", jsd="Jensen-Shannon, eq. 7,")
+NAMES = dict(forward="KL(teacher || student) in nats", reverse="KL(student || teacher) in nats", jsd="Jensen-Shannon in nats")
 WARM, HOT = 0.1, 1.0  # nats: from here on a token is worth a look; stands out
 
 
@@ -68,7 +68,7 @@ def title_of(x) -> list[tuple[str, str]]:
 def columns_of(x) -> list[tuple[str, str, list[str]]]:
     """(title, meaning, a cell per token) of what is known beside the probabilities. More than four readings: their ends."""
     k = len(x.tokens[0].contexts)
-    out = [("D", f"{NAMES[x.cfg.divergence]} in nats", [number(t.div) for t in x.tokens])]
+    out = [("D", NAMES.get(x.cfg.divergence, x.cfg.divergence), [number(t.div) for t in x.tokens])]
     if x.cfg.w_contrast:
         why = "contrast, eq. 5: 0 once the wrong teacher is further off by the margin"
         out.append(("C", why, [number(t.contrast) for t in x.tokens]))

@@ -190,6 +190,6 @@ def explain_missing(name: str, source: str, error: Exception) -> str:
     if "404" in text or "not a valid model identifier" in text:
         return f"--model {name}: no folder and no hub model of that name ({source}); short names are {', '.join(SHORT)}"
     if "offline" in text.lower() or "connect" in text.lower() or "couldn't find them in the cached" in text.lower():
-        fix = "connect once, or give a local folder (--model tiny needs neither)"
+        fix = f"connect once, or give a local folder (--model tiny needs neither); short names are {', '.join(SHORT)}"
         return f"--model {name}: there is no such folder, {source} is not cached here, and the hub cannot be reached; {fix}"
     return f"--model {name}: {source} cannot be used: {text.splitlines()[0]}"

@@ -45,12 +45,7 @@ def right_pad(rows: list[list[int]], device, fill: int = 0) -> tuple[Tensor, Ten
 
 
 def generate(
-    lm: Loaded,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    temperature: float,
-    noise: Tensor | None = None,
-    tally: dict | None = None,
+    lm: Loaded, prompts: list[list[int]], max_new_tokens: int, temperature: float, noise: Tensor | None = None, tally=None
 ) -> tuple[Tensor, Tensor]:
     """Sample (temperature > 0) or decode greedily (0). -> ids, mask (B, T), T the longest answer, pad ids after an end.
 
@@ -63,7 +58,7 @@ def generate(
     longest = max(map(len, prompts))
     if longest + max_new_tokens > lm.context:
         both = f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the model's context of {lm.context}"
-        raise ValueError(f"{both}: lower --max-new-tokens, or shorten the prompts with --max-prompt-tokens")
+        raise ValueError(f"{both}: lower --max-new-tokens or --max-prompt-tokens, or shorten the question")
     if temperature > 0 and noise is None:
         noise = torch.rand(len(prompts), max_new_tokens)
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.eos[0]

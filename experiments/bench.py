@@ -8,7 +8,6 @@
   steps   a training step of the default job under every recipe, split into its parts, against SFT
   model   the same on CUDA in the shape of Qwen2.5-0.5B (prompt 512, answer 256, batch 16), with memory; on a CPU it only runs
 
-Times are medians after a warm-up; those that are compared are taken in turns, so that a busy machine slows all of them.
 Shapes: N tokens, V vocabulary, H hidden size, K = 3 more readings.
 Depends on train.py and most other files; nothing depends on it.   Try it:  python -m pytest tests/test_bench.py -q
 """
@@ -88,7 +87,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device, ours: list[Tens
 
 
 def medians(works: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Seconds of each, taken in turns after a warm-up."""
+    """Seconds of each, taken in turns after a warm-up, so that a busy machine slows all of them."""
     wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for i in tqdm(range(repeats + 1), desc=", ".join(works), leave=False):

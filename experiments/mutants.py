@@ -8,8 +8,7 @@ includes its end, a dropped detach(), two arguments swapped. It is *killed* if a
 does; then a test is missing, or the change changes nothing (x * 1.0, a larger chunk). It exists because a coverage figure says
 what was run, and only this says what was looked at.
 
-Each mutant lives in a fork of a process that has torch loaded already; its module is compiled from the changed tree and nothing
-is written to disk. Depends on pytest.   Try it:  python -m pytest tests/test_mutants.py -q
+Depends on pytest; nothing is written to disk.   Try it:  python -m pytest tests/test_mutants.py -q
 """
 
 import argparse

@@ -7,8 +7,7 @@
 
 The idea: a cell of the table is one ordinary `python train.py` in a process of its own, with one thread, at most one per core.
 After every cell <out>/cells.json (the numbers of every run) and <out>/table.md (their means) are written; at the end report.py
-adds figures and the page of claims. Stop it at any moment: the same command goes on, from cells.json alone if need be. No number
-is chosen by its result: whatever is finished is in the table, and whatever failed is named below it.
+adds figures and the page of claims. Stop it at any moment: the same command goes on. Whatever is finished is in the table.
 Depends on the three .toml beside it, config.py; train.py, report.py as commands.   Try it:  python -m pytest tests/test_study.py -q
 """
 
@@ -61,8 +60,8 @@ def run(cell: Cell, out: Path, extra: list[str]) -> str:
     folder = out / "runs" / cell.setting / f"{cell.row}-seed{cell.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     resume = ["--resume"] if (folder / "settings.json").exists() else []
-    fixed = ["--seed", str(cell.seed), "--out", str(folder), "--sample-every", "0", "--teacher-every", "60"]
-    command = [sys.executable, "train.py", *fixed, *SETTINGS[cell.setting], *ROWS[cell.row], *extra, *resume]
+    quiet, own = ["--sample-every", "0", "--teacher-every", "60"], ["--seed", str(cell.seed), "--out", str(folder)]
+    command = [sys.executable, "train.py", *quiet, *SETTINGS[cell.setting], *extra, *ROWS[cell.row], *own, *resume]  # later wins
     (folder / "failed.txt").unlink(missing_ok=True)  # train.py wants a folder without files of others
     with (folder / ".said").open("w") as said:  # a file, no pipe: whoever kills the study does not end its runs
         done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=said, stderr=said, check=False)
@@ -181,6 +180,7 @@ def table_row(name: str, runs: list[dict], families: list[str]) -> str:
 def markdown(found: dict, out: Path) -> str:
     """The table as the README shows it, one for each setting; below it what failed and has not succeeded since."""
     lines = [WORLDS[world]["page"]["table"] for world in dict.fromkeys(WORLD_OF.get(s, "tiny") for s in found)]
+    lines += [f"**With `--train {p.read_text('utf-8').strip()}`.**\n" for p in out.glob("flags.txt") if p.stat().st_size > 2]
     for setting in dict.fromkeys([*found, *sorted(path.name for path in out.glob("runs/*"))]):
         rows = {name: list(runs.values()) for name, runs in found.get(setting, {}).items()}
         failed = [p for p in sorted(out.glob(f"runs/{setting}/*/failed.txt")) if not p.with_name("summary.json").exists()]
@@ -237,8 +237,12 @@ def main(argv: list[str] | None = None) -> int:
     # Absolute: the runs are started in this repository's folder.
     begun = time.perf_counter()
     out = writable(args.out or plan["page"]["out"]).resolve()
+    given, stamp = " ".join(args.train), out / "flags.txt"
+    if (out / "runs").exists() and given != (theirs := stamp.read_text("utf-8").strip() if stamp.exists() else ""):
+        raise ValueError(f"--out {out} holds runs with --train {theirs or '(nothing)'}: give the same, or choose another folder")
     if (out / "table.md").exists() and not (out / "cells.json").exists():
         raise ValueError(f"--out {out} holds a table.md, which is of no study: choose another folder")
+    stamp.write_text(given + "\n", encoding="utf-8")
     failed = run_all(cells, out, max(1, args.jobs), args.train)
     found = read(out)
     print(f"\n{write(found, out)}\n{len(cells)} runs, {time.perf_counter() - begun:.0f} s -> {out / 'table.md'}", flush=True)

@@ -51,7 +51,7 @@ def make_model(tokenizer, hidden: int = 160, layers: int = 3, seed: int = 0) -> 
 
 def lesson(rng: random.Random) -> tuple[str, str]:
     """One pre-training conversation: a user message and the worked answer."""
-    family = rng.choices(FAMILIES, [OFTEN[f] for f in FAMILIES])[0]
+    family = rng.choices(FAMILIES, [OFTEN.get(f, 1.0) for f in FAMILIES])[0]
     item = draw(rng, family, test=False, scramble=True)
     reference = item.terse
     if item.known:

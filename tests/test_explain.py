@@ -12,6 +12,7 @@ import sys
 import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from engine.asking import parse, speaks_world
 from engine.config import Config, make
 from engine.head import head_of
 from engine.loading import load
-from engine.page import fitted, html_page, number, printable, show, table
+from engine.page import columns_of, fitted, html_page, number, printable, show, table
 from engine.pretrained import TINY
 from engine.reading import PackedReader
 from explain import explain
@@ -382,11 +383,31 @@ def says(monkeypatch, *lines):
 @pytest.mark.slow
 @pytest.mark.parametrize("end", [":q", "", "  ", EOFError, KeyboardInterrupt])
 def test_a_talk(command_with, monkeypatch, capsys, end):
-    says(monkeypatch, "ref: too early", "89+72", "hello there", "ref: 12", "x" * 600, end, "never asked")
+    says(monkeypatch, "ref: too early", "89+72", "ref:", "hello there", "ref: 12", "x" * 600, end, "never asked")
     assert command_with() == 0
     out, err = capsys.readouterr()
+    assert out.count("ask something first, then give a text: `ref: TEXT`") == 2
     assert out.count("student teacher") == 2 and out.count("reference        161") == 1 and err == ""
     assert "question         hello there\nreference        12\n" in out and "exceed the model's context" in out
+
+
+def test_another_reference_in_a_talk_changes_nothing_else(command_with, monkeypatch, capsys):
+    says(monkeypatch, "89+72", "ref: 99", ":q")
+    assert command_with() == 0
+    out = capsys.readouterr().out
+    assert out.count("wrong answer     9+2=12") == 2 and out.count("wrong reference  172") == 2 and "reference        99\n" in out
+
+
+def test_a_divergence_of_ones_own_has_its_own_name():
+    x = SimpleNamespace(cfg=make("sd"), tokens=[SimpleNamespace(contexts=[], div=0.5)])
+    x.cfg.divergence = "hellinger"
+    assert columns_of(x)[0][1] == "hellinger"
+
+
+def test_a_line_with_a_context_or_code_is_found_by_its_question():
+    ask = "Context: the sky of Mars.\n\nWhat colour is it?\n\nEnd with one line."
+    task = SimpleNamespace(name="mine", train=[Example("mine", ask, "red")], test=[])
+    assert example_of("What colour is it?", task).reference == "red" and not example_of("What", task)
 
 
 def test_a_talk_with_another_model_has_no_references(command_with, monkeypatch, capsys):

@@ -161,3 +161,13 @@ def test_ctrl_c_begins_nothing_further(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "run", run)
     assert study.main(["--recipes", "sd", "--seeds", "6", "--jobs", "1", "--out", str(tmp_path)]) == 130
     assert len(begun) <= 2 and "goes on" in capsys.readouterr().err
+
+
+def test_runs_under_other_flags_are_not_taken_for_these(tmp_path, capsys):
+    """And a row stays what it is called: its own flags come after --train's."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "flags.txt").write_text("--steps 3\n")
+    assert study.main(["--recipes", "raw", "--seeds", "0", "--out", str(tmp_path)]) == 2
+    assert "holds runs with --train --steps 3: give the same, or choose another folder" in capsys.readouterr().err
+    assert study.main(["--recipes", "raw", "--seeds", "0", "--out", str(tmp_path), "--train", "--steps", "3"]) == 0
+    assert "**With `--train --steps 3`.**" in (tmp_path / "table.md").read_text()
