@@ -234,11 +234,11 @@ def main(argv: list[str] | None = None) -> int:
     seeds = range(args.seeds if args.seeds is not None else plan["page"]["seeds"])
     # Seeds first, so that a study stopped early has whole columns of few seeds rather than few recipes of many.
     cells = [Cell(s, row, seed) for seed in seeds for s in settings for row in args.recipes or FULL[s]]
-    # Absolute: the runs are started in this repository's folder.
     begun = time.perf_counter()
-    out = writable(args.out or plan["page"]["out"]).resolve()
+    out = writable(args.out or plan["page"]["out"]).resolve()  # absolute: the runs are started in this repository's folder
     given, stamp = " ".join(args.train), out / "flags.txt"
-    if (out / "runs").exists() and given != (theirs := stamp.read_text("utf-8").strip() if stamp.exists() else ""):
+    theirs = stamp.read_text("utf-8").strip() if stamp.exists() else ""
+    if given != theirs and ((out / "runs").exists() or (out / "cells.json").exists()):
         raise ValueError(f"--out {out} holds runs with --train {theirs or '(nothing)'}: give the same, or choose another folder")
     if (out / "table.md").exists() and not (out / "cells.json").exists():
         raise ValueError(f"--out {out} holds a table.md, which is of no study: choose another folder")

@@ -109,6 +109,7 @@ def test_two_cells_and_again(tmp_path, capsys, monkeypatch):
     fast = "--train --steps 2 --batch 4 --micro-batch 4 --eval-size 1 --train-size 50 --teacher-every 0 --device cpu".split()
     command = ["--recipes", "sft", "sd", "--seeds", "1", "--out", str(tmp_path), *fast]
     invent(tmp_path, "clean", "sft", 5, steps=2, seconds=1e-9)  # of an earlier call
+    (tmp_path / "flags.txt").write_text(" ".join(fast[1:]))
     assert study.main(command) == 0
     cells = json.loads((tmp_path / "cells.json").read_text())
     assert [(c["setting"], c["row"], c["seed"]) for c in cells] == [("clean", "sft", k) for k in (0, 5)] + [("clean", "sd", 0)]
