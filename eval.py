@@ -24,7 +24,7 @@ from itertools import compress
 from pathlib import Path
 
 from engine import checkpoint, metrics
-from engine.config import day, saved_settings
+from engine.config import day, settings_behind
 from engine.loading import Loaded, choose_device, load, load_base
 from engine.watch import bars
 from tasks.catalog import load_task
@@ -91,10 +91,8 @@ def one_task(report: dict) -> str:
         both = {"base": report["base"]["ood"]} if "base" in report else {}
         both |= {"alone": m["ood"], "with reference": m["ood_with_reference"]}
         text += f"\n\nout of distribution\n\n{metrics.table(both)}"
-    text += (
-        f"\n\nlength {m['alone']['length']:.1f} tokens | ended by itself {m['alone']['eos']:.0f} % | abstained "
-        f"{m['alone']['abstained']:.0f} % | entropy {m['entropy']:.3f} nats | gold PPL {m['gold_ppl']:.3f}"
-    )
+    text += f"\n\nlength {m['alone']['length']:.1f} tokens | ended by itself {m['alone']['eos']:.0f} % | abstained "
+    text += f"{m['alone']['abstained']:.0f} % | entropy {m['entropy']:.3f} nats | gold PPL {m['gold_ppl']:.3f}"
     if "base" in report:
         p, text = report["paired"], text + "\nagainst the base, over all questions: "
         if p:
@@ -155,7 +153,6 @@ def main(argv: list[str] | None = None) -> int:
     for name, least in (("size", 0), ("max_new_tokens", 0), ("sample_batch", 1)):
         if (value := vars(args)[name]) < least:
             parser.error(f"argument --{name.replace('_', '-')}: {value} is below {least}")
-    args.task = args.task or saved_settings(args.model).get("data", "tiny")
     with tempfile.TemporaryDirectory() as scratch:
         reports = run(args, Path(args.out or scratch) / "answers")
     text = "\n\n".join(map(one_task, reports))
@@ -193,11 +190,11 @@ def run(args, cache: Path) -> list[dict]:
     """A report per task that can be loaded. Raises ValueError if none can, or a model cannot."""
     if args.out:
         check_out(args)
-    today = day(args.date, args.model)
-    tasks, problems = [], []
-    for name in TABLE_1 if args.task == "all" else (args.task,):  # before the models: loading these takes longer
+    today, saved = day(args.date, args.model), settings_behind(args.model)
+    wanted, tasks, problems = args.task or saved.get("data", "tiny"), [], []
+    for name in TABLE_1 if wanted == "all" else (wanted,):  # before the models: loading these takes longer
         try:
-            kind = {"references": saved_settings(args.model).get("references", "blotted")} if name == "tiny" else {}
+            kind = {"references": saved.get("references", "blotted")} if name == "tiny" else {}
             tasks.append(load_task(name, train_size=None, test_size=args.size, **kind)[0])
         except ValueError as error:
             problems.append(str(error))
@@ -212,7 +209,7 @@ def run(args, cache: Path) -> list[dict]:
     for lm in filter(None, (model, base)):
         lm.dtype, lm.sample_batch, lm.tokenizer.today = dtype, args.sample_batch, today
     # A run's answers are measured at the length it was trained with.
-    limit = args.max_new_tokens or saved_settings(args.model).get("max_new_tokens", 0)
+    limit = args.max_new_tokens or saved.get("max_new_tokens", 0)
     return [evaluate(model, base, task, limit, cache) for task in tasks]
 
 

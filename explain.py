@@ -26,7 +26,7 @@ from torch import Tensor
 from engine import contexts
 from engine.asking import load_models, parse, speaks_world
 from engine.checkpoint import command
-from engine.config import Config, make, saved_settings
+from engine.config import Config, make, settings_behind
 from engine.head import Head, chunked_objective, chunks, head_of
 from engine.loading import Loaded
 from engine.page import printable, show
@@ -172,9 +172,10 @@ def talk(lm: Loaded, base: Loaded, task: Task | None, cfg: Config, temperature: 
     while (line := input("\n> ").strip()) not in ("", ":q"):
         try:
             if line.startswith("ref:"):
-                if not (question and line[4:].strip()):
+                reference = line.removeprefix("ref:").strip()
+                if not (question and reference):
                     raise ValueError("ask something first, then give a text: `ref: TEXT`")
-                known = example_for(question, line[4:].strip(), None, task)
+                known = example_for(question, reference, None, task)
             else:
                 known, turn = example_of(line, task), turn + 1
                 question = known.question if known else line
@@ -196,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")
     try:
         args, cfg = parse(argv, __doc__.partition(" - ")[2].split("\n\nDepends")[0])
-        tiny, saved = args.data == "tiny", saved_settings(args.model)  # a run's questions get the references it trained with
+        tiny, saved = args.data == "tiny", settings_behind(args.model)  # a run's questions get the references it trained with
         kind = {name: saved[name] for name in ("references", "wrong_references") if tiny and name in saved}
         sizes = dict(train_size=Config.train_size, test_size=1) if tiny else {}
         task = load_task(args.data, **sizes, seed=cfg.seed, **kind)[0] if args.data else None

@@ -82,9 +82,8 @@ def train(run: Run, log, watch: Watch) -> None:
             with run.lm.autocast():
                 states = read(model, batch.student[rows], ids[rows], mask[rows])
                 said = None if scores.states is None else scores.states[piece]
-                part, each = chunked_objective(
-                    states, head_of(model, run.lm.vocab), said, head, scaled(tokens[piece], scale), cfg, cfg.chunk
-                )
+                known = scaled(tokens[piece], scale)
+                part, each = chunked_objective(states, head_of(model, run.lm.vocab), said, head, known, cfg, cfg.chunk)
             part.backward()
             loss += part.detach() / scale
             values.append(each)

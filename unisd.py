@@ -335,10 +335,8 @@ def example() -> None:
     print("written  p student  p teacher       D  min(D, .3)     w   share       C      push on its logit")
     for t, y in enumerate(tokens.ids.tolist()):
         d, pushed = values["div"][t].item(), round(push[t, y].item(), 6) + 0.0  # + 0.0: no "-0.0000"
-        print(
-            f"{words[y]:<7}{logits[t, y].exp().item():11.2f}{teacher[t, y].exp():11.2f}{d:8.4f}{min(d, m.clip):12.4f}"
-            f"{weights.reliability[0, t]:6.2f}{tokens.share[t]:8.4f}{values['contrast'][t]:8.4f}{pushed:+23.4f}"
-        )
+        row = f"{words[y]:<7}{logits[t, y].exp().item():11.2f}{teacher[t, y].exp():11.2f}{d:8.4f}{min(d, m.clip):12.4f}"
+        print(f"{row}{weights.reliability[0, t]:6.2f}{tokens.share[t]:8.4f}{values['contrast'][t]:8.4f}{pushed:+23.4f}")
     div, contrast = (tokens.share * values["div"].clamp(max=m.clip)).sum(), values["contrast"].mean()
     print(f"loss {loss.item():.4f} = sum of share * min(D, .3) {div:.4f} + 0.1 * mean C {contrast:.4f}")
     print("Notice: the clip silences D on the first token, so only the contrast pushes it; the second counts half, as the contexts")

@@ -54,7 +54,7 @@ def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace,
     args = parser.parse_args(argv)
     args.question = args.question if args.asked is None else args.asked
     tiny = speaks_world(SHORT.get(args.model, args.model))
-    args.data = args.data if args.data is not None else "tiny" if tiny else ""
+    args.data = ("tiny" if tiny else "") if args.data is None else args.data
     try:
         if args.question is None and any(x is not None for x in (args.reference, args.wrong, args.answer, args.html)):
             raise ValueError("--reference, --wrong, --answer and --html belong to a question: add --question")

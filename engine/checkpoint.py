@@ -105,7 +105,7 @@ def claim(cfg: Config) -> Path:
     out, saved = Path(cfg.out), saved_settings(cfg.out)
     if saved and not cfg.resume:
         raise ValueError(f"--out {out} holds another run: add --resume to go on with it, or choose another folder")
-    if cfg.resume and not (saved and (out / "settings.json").exists()):
+    if cfg.resume and not saved:
         raise ValueError(f"--resume: {out} holds no run; check --out, or start without --resume")
     for name, value in asdict(cfg).items():
         if name not in FREE and name in saved and value not in (saved[name], "auto", ""):  # else the log would be of two runs

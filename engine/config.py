@@ -269,10 +269,8 @@ def default_out(cfg: Config) -> str:
 
 
 def saved_settings(out: str) -> dict:
-    """The settings of the run in `out`, or of the run whose checkpoint it is; {} if there is none. ValueError if damaged."""
+    """The settings of the run in `out`; {} if there is none. Raises ValueError if the file is damaged."""
     path = os.path.join(out, SETTINGS)
-    if Path(out).name.startswith("checkpoint-") and not os.path.isfile(path):
-        path = str(Path(out).parent / SETTINGS)
     if not out or not os.path.isfile(path):  # unlike Path's, these never raise
         return {}
     try:
@@ -282,10 +280,15 @@ def saved_settings(out: str) -> dict:
     return found if isinstance(found, dict) and {"recipe", "model", "seed"} <= found.keys() else {}  # else it is someone else's
 
 
+def settings_behind(model: str) -> dict:
+    """The settings of the run that `model` is, or is a checkpoint of; {} if it is of no run."""
+    return saved_settings(model) or (saved_settings(str(Path(model).parent)) if Path(model).match("checkpoint-*") else {})
+
+
 def day(given: str, folder: str = "") -> str:
-    """The day that dated chat templates show: as given, else that of the run in `folder`, else today. ValueError if it is none."""
+    """The day that dated chat templates show: as given, else of the run behind `folder`, else today. ValueError if it is none."""
     try:
         datetime.fromisoformat(given or "2026-11-27")
     except ValueError as error:
         raise ValueError(f"--date {given!r} is no day; write it as 2026-11-27") from error
-    return given or saved_settings(folder).get("date") or str(date.today())
+    return given or settings_behind(folder).get("date") or str(date.today())

@@ -16,7 +16,8 @@ from operator import itemgetter
 from pathlib import Path
 from string import Template
 
-NAMES = dict(forward="KL(teacher || student) in nats", reverse="KL(student || teacher) in nats", jsd="Jensen-Shannon in nats")
+NAMES = dict(forward="KL(teacher || student) in nats", reverse="KL(student || teacher) in nats")
+NAMES["jsd"] = "Jensen-Shannon, eq. 7, in nats"
 WARM, HOT = 0.1, 1.0  # nats: from here on a token is worth a look; stands out
 
 

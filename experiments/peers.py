@@ -157,7 +157,7 @@ def start(side: str, recipe: str, seed: int, flags: list[str], out: Path) -> dic
 def measured(out: Path, cfg: Config, size: int = 100) -> dict:
     """What eval.py says of the model in `out`: accuracy in per cent, JSD to the base in nats a token."""
     if not (out / "eval" / "eval.json").exists():
-        same = ["--base", cfg.model, "--data", cfg.data or "tiny", "--max-new-tokens", str(cfg.max_new_tokens)]
+        same = ["--base", cfg.model, "--data", cfg.data, "--max-new-tokens", str(cfg.max_new_tokens)]
         command("eval.py", "--model", str(out), *same, "--size", str(size), "--out", str(out / "eval"))
     (report,) = json.loads((out / "eval" / "eval.json").read_text())
     return {"accuracy": report["model"]["alone"]["accuracy"], "jsd": report["drift"]["jsd_to_base"]}

@@ -97,6 +97,11 @@ def run_all(cells: list[Cell], out: Path, jobs: int, extra: list[str]) -> list[C
 
 
 # --- reading: runs -> numbers
+def further(out: Path) -> str:
+    """The --train flags under which the runs in `out` were made."""
+    return (out / "flags.txt").read_text(encoding="utf-8").strip() if (out / "flags.txt").exists() else ""
+
+
 def read(out: Path) -> dict:
     """Every finished run in <out>/cells.json or <out>/runs, whoever asked for it. -> {setting: {row: {seed: numbers}}}
 
@@ -180,7 +185,7 @@ def table_row(name: str, runs: list[dict], families: list[str]) -> str:
 def markdown(found: dict, out: Path) -> str:
     """The table as the README shows it, one for each setting; below it what failed and has not succeeded since."""
     lines = [WORLDS[world]["page"]["table"] for world in dict.fromkeys(WORLD_OF.get(s, "tiny") for s in found)]
-    lines += [f"**With `--train {p.read_text('utf-8').strip()}`.**\n" for p in out.glob("flags.txt") if p.stat().st_size > 2]
+    lines += [f"**With `--train {further(out)}`.**\n"] if further(out) else []
     for setting in dict.fromkeys([*found, *sorted(path.name for path in out.glob("runs/*"))]):
         rows = {name: list(runs.values()) for name, runs in found.get(setting, {}).items()}
         failed = [p for p in sorted(out.glob(f"runs/{setting}/*/failed.txt")) if not p.with_name("summary.json").exists()]
@@ -236,13 +241,12 @@ def main(argv: list[str] | None = None) -> int:
     cells = [Cell(s, row, seed) for seed in seeds for s in settings for row in args.recipes or FULL[s]]
     begun = time.perf_counter()
     out = writable(args.out or plan["page"]["out"]).resolve()  # absolute: the runs are started in this repository's folder
-    given, stamp = " ".join(args.train), out / "flags.txt"
-    theirs = stamp.read_text("utf-8").strip() if stamp.exists() else ""
-    if given != theirs and ((out / "runs").exists() or (out / "cells.json").exists()):
-        raise ValueError(f"--out {out} holds runs with --train {theirs or '(nothing)'}: give the same, or choose another folder")
+    given = " ".join(args.train)
+    if given != further(out) and ((out / "runs").exists() or (out / "cells.json").exists()):
+        raise ValueError(f"--out {out} holds runs with --train {further(out) or 'none'}: give the same, or choose another folder")
     if (out / "table.md").exists() and not (out / "cells.json").exists():
         raise ValueError(f"--out {out} holds a table.md, which is of no study: choose another folder")
-    stamp.write_text(given + "\n", encoding="utf-8")
+    (out / "flags.txt").write_text(given + "\n", encoding="utf-8")
     failed = run_all(cells, out, max(1, args.jobs), args.train)
     found = read(out)
     print(f"\n{write(found, out)}\n{len(cells)} runs, {time.perf_counter() - begun:.0f} s -> {out / 'table.md'}", flush=True)

@@ -71,12 +71,10 @@ def load(
 def parse_part(folder: Path, side: str, dropped: dict) -> list[Example]:
     """The examples of one side; counts in `dropped` why records cannot be used. Raises ValueError if a file is not there."""
     examples, reasons = [], Counter()
+    lines = lambda path: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     for part in PARTS[side]:
         try:
-            asked, right = (
-                [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines() if line.strip()]
-                for name in (f"BFCL_v4_{part}.json", f"possible_answer/BFCL_v4_{part}.json")
-            )
+            asked, right = (lines(folder / name) for name in (f"BFCL_v4_{part}.json", f"possible_answer/BFCL_v4_{part}.json"))
         except OSError as error:
             raise ValueError(f"{MISSING} ({error.filename}: {error.strerror})") from error
         answers = {row["id"]: row["ground_truth"] for row in right}

@@ -59,7 +59,7 @@ def recognise(question: str) -> Example | None:
 
 def example_of(question: str, task: Task | None) -> Example | None:
     """The example behind a question: a training example or a line of a file, else the tiny world's; None if nobody knows it."""
-    same = lambda e: question in e.question.split("\n\n") or e.question.startswith(question + "\n")  # a file's has its format
+    same = lambda e: question in (e.question, *e.question.split("\n\n")) or e.question.startswith(question + "\n")  # + its format
     tiny = bool(task) and task.name == "tiny"
     pool = [*task.train, *(() if tiny else task.test)] if task else []
     return next(filter(same, pool), None) or (recognise(question) if tiny else None)

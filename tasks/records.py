@@ -247,9 +247,8 @@ def humaneval(name: str, row: dict, rng: random.Random) -> Example:
     """The prompt is the start of a program. What stands before the wanted function is there for answers, and once more for tests:
     they mean the prompt's own helpers, whatever an answer calls so.
     """
-    prompt, body, entry = (
-        (row.get(column) or "").replace("\r\n", "\n") for column in ("prompt", "canonical_solution", "entry_point")
-    )
+    columns = ("prompt", "canonical_solution", "entry_point")
+    prompt, body, entry = ((row.get(column) or "").replace("\r\n", "\n") for column in columns)
     tree = parse_python(prompt + body)
     found = [node for node in tree.body if entry in defined(ast.Module([node], []))] if tree and body.strip() else []
     if not found:

@@ -7,7 +7,7 @@ import pytest
 
 import eval as command
 from engine.checkpoint import claim
-from engine.config import make, saved_settings
+from engine.config import make, settings_behind
 from engine.pretrained import TINY
 from tasks import world
 from tasks.data import Task
@@ -29,11 +29,15 @@ def test_one_checkpoint_and_its_base(tmp_path, capsys):
 def test_a_run_is_asked_its_own_questions_and_so_is_its_checkpoint(tmp_path, monkeypatch):
     asked, settings = [], dict(recipe="sd", model="tiny", seed=0, data="mine.jsonl", max_new_tokens=7)
     (tmp_path / "settings.json").write_text(json.dumps(settings))
-    monkeypatch.setattr(command, "run", lambda args, cache: asked.append(args.task) or [])
+
+    def asks(name, **_):
+        raise ValueError(asked.append(name))
+
+    monkeypatch.setattr(command, "load_task", asks)
     for folder in (tmp_path, tmp_path / "checkpoint-4", TINY):
-        assert command.main(["--model", str(folder)]) == 0
+        assert command.main(["--model", str(folder)]) == 2
     assert asked == ["mine.jsonl", "mine.jsonl", "tiny"]
-    assert saved_settings(f"{tmp_path}/checkpoint-4/") == settings and saved_settings(str(tmp_path / "other")) == {}
+    assert settings_behind(f"{tmp_path}/checkpoint-4/") == settings and settings_behind(str(tmp_path / "other")) == {}
     with pytest.raises(ValueError, match="holds no run"):  # a checkpoint is no run's folder
         claim(make("sd", out=str(tmp_path / "checkpoint-4"), resume=True))
 

@@ -407,6 +407,7 @@ def test_a_divergence_of_ones_own_has_its_own_name():
 def test_a_line_with_a_context_or_code_is_found_by_its_question():
     ask = "Context: the sky of Mars.\n\nWhat colour is it?\n\nEnd with one line."
     task = SimpleNamespace(name="mine", train=[Example("mine", ask, "red")], test=[])
+    assert example_of(ask, task).reference == "red"
     assert example_of("What colour is it?", task).reference == "red" and not example_of("What", task)
 
 

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import wait_for
 
+from engine.config import parse
 from experiments import study
 
 
@@ -164,8 +166,17 @@ def test_ctrl_c_begins_nothing_further(tmp_path, monkeypatch, capsys):
     assert len(begun) <= 2 and "goes on" in capsys.readouterr().err
 
 
+def test_a_row_keeps_its_own_flags(tmp_path, monkeypatch):
+    """It is what it is called: of two flags the last one counts, and those of the row and of the cell come after --train's."""
+    begun = []
+    monkeypatch.setattr(study.subprocess, "run", lambda command, **_: begun.append(command) or SimpleNamespace(returncode=0))
+    extra = ["--recipe", "sft", "--seed", "9", "--out", "elsewhere", "--batch", "5"]
+    assert study.run(study.Cell("clean", "ema", 1), tmp_path, extra) == ""
+    cfg = parse(begun[0][2:])
+    assert (cfg.recipe, cfg.seed, cfg.out, cfg.batch) == ("ema", 1, str(tmp_path / "runs/clean/ema-seed1"), 5)
+
+
 def test_runs_under_other_flags_are_not_taken_for_these(tmp_path, capsys):
-    """And a row stays what it is called: its own flags come after --train's."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "flags.txt").write_text("--steps 3\n")
     assert study.main(["--recipes", "raw", "--seeds", "0", "--out", str(tmp_path)]) == 2
